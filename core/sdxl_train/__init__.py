@@ -1,0 +1,110 @@
+"""sdxl-train: a trainer for LoRA-family networks in which every component is a plugin.
+
+The names in ``__all__`` are the public API. They load when first used, so that importing this
+package, or asking for help, does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sdxl_train._version import __version__
+
+if TYPE_CHECKING:
+    from pydantic import Field
+
+    from sdxl_train.api import plan, train
+    from sdxl_train.components import (
+        Adapter,
+        Command,
+        Component,
+        LoadedModel,
+        Loss,
+        LossFunction,
+        Model,
+        Network,
+        Noise,
+        NoiseTransform,
+        Observer,
+        Optimizer,
+        ParameterGroup,
+        Part,
+        Scheduler,
+        StepPlan,
+        Timesteps,
+        TimestepSampler,
+        WeightFunction,
+        Weighting,
+    )
+    from sdxl_train.config import RunConfig
+    from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
+    from sdxl_train.hookspecs import hookimpl
+    from sdxl_train.loop import StepResult
+    from sdxl_train.run import Checkpoint, Run
+    from sdxl_train.schedule import NoiseSchedule, PredictionType
+
+_HOMES = {
+    "Field": "pydantic",
+    "plan": "sdxl_train.api",
+    "train": "sdxl_train.api",
+    "RunConfig": "sdxl_train.config",
+    "hookimpl": "sdxl_train.hookspecs",
+    "StepResult": "sdxl_train.loop",
+    "Checkpoint": "sdxl_train.run",
+    "Run": "sdxl_train.run",
+    "NoiseSchedule": "sdxl_train.schedule",
+    "PredictionType": "sdxl_train.schedule",
+    "Problem": "sdxl_train.errors",
+    "SdxlTrainError": "sdxl_train.errors",
+    "TrainingError": "sdxl_train.errors",
+    "UserError": "sdxl_train.errors",
+}
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "Command",
+    "Component",
+    "Field",
+    "LoadedModel",
+    "Loss",
+    "LossFunction",
+    "Model",
+    "Network",
+    "Noise",
+    "NoiseSchedule",
+    "NoiseTransform",
+    "Observer",
+    "Optimizer",
+    "ParameterGroup",
+    "Part",
+    "PredictionType",
+    "Problem",
+    "Run",
+    "RunConfig",
+    "Scheduler",
+    "SdxlTrainError",
+    "StepPlan",
+    "StepResult",
+    "TimestepSampler",
+    "Timesteps",
+    "TrainingError",
+    "UserError",
+    "WeightFunction",
+    "Weighting",
+    "__version__",
+    "hookimpl",
+    "plan",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'sdxl_train' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES.get(name, "sdxl_train.components")), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,112 @@
+"""The trainable side of a run: a network on a model, and its parameters in optimizer groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sdxl_train.errors import UserError
+from sdxl_train.rng import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sdxl_train.components import Adapter, LoadedModel, ParameterGroup
+    from sdxl_train.config import RunConfig
+
+WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Type of the frozen weights, by ``--mixed_precision``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleCount:
+    """How much of a part is adapted."""
+
+    title: str
+    modules: int
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A model with its network attached.
+
+    Attributes:
+        groups: torch parameter groups: dicts with ``name``, ``lr`` and ``params``.
+        parts: What is adapted of each part of the model, by the part's name.
+    """
+
+    model: LoadedModel
+    adapter: Adapter
+    groups: list[dict[str, Any]]
+    parts: dict[str, ModuleCount]
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that trains."""
+        return [parameter for group in self.groups for parameter in group["params"]]
+
+
+def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assembly:
+    """Load the model and attach a fresh network, the same one for the same seed.
+
+    Raises:
+        UserError: If nothing is left to train.
+    """
+    dtype = WEIGHT_DTYPES[config.training.mixed_precision]
+    model = config.model.build(device, dtype)
+    # Initialisers know only the global generator; what they draw must not depend on its past.
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "init"))
+        adapter = config.network.build(model)
+    declared = list(adapter.groups())
+    groups = list(_optimizer_groups(declared, config.optimizer.learning_rate))
+    if not groups:
+        raise UserError.of(
+            config.place("network_module"),
+            f"{config.name_of('network')} adapts no module of this model: nothing would train",
+            "check its options and the learning rates",
+        )
+    return Assembly(
+        model=model, adapter=adapter, groups=groups, parts=_count(model, adapter, declared)
+    )
+
+
+def _optimizer_groups(
+    declared: Sequence[ParameterGroup], learning_rate: float
+) -> Iterator[dict[str, Any]]:
+    """Join groups of one name and rate; where rates differ, each part has a group of its own."""
+    by_name: dict[str, dict[float, list[ParameterGroup]]] = {}
+    for group in declared:
+        rate = (learning_rate if group.lr is None else group.lr) * group.lr_factor
+        if group.parameters:
+            by_name.setdefault(group.name, {}).setdefault(rate, []).append(group)
+    for name, by_rate in by_name.items():
+        for rate, members in by_rate.items():
+            parts = " ".join(dict.fromkeys(member.part for member in members))
+            yield {
+                "name": name if len(by_rate) == 1 else f"{name} {parts}",
+                "lr": rate,
+                "params": [parameter for member in members for parameter in member.parameters],
+            }
+
+
+def _count(
+    model: LoadedModel, adapter: Adapter, declared: Sequence[ParameterGroup]
+) -> dict[str, ModuleCount]:
+    modules = {key.partition(".")[0] for key in adapter.state_dict()}
+    return {
+        part.name: ModuleCount(
+            title=part.title,
+            modules=sum(module.startswith(f"{part.prefix}_") for module in modules),
+            parameters=sum(
+                parameter.numel()
+                for group in declared
+                if group.part == part.name
+                for parameter in group.parameters
+            ),
+        )
+        for part in sorted((*model.parts, *model.frozen_parts), key=lambda part: part.name)
+    }

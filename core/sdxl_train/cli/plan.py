@@ -1,0 +1,90 @@
+"""``sdxl-train plan FLAGS [--json]``: what the run would do; no weights are read."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from sdxl_train.cli.console import warn
+from sdxl_train.errors import UserError
+from sdxl_train.preflight import prepare
+
+if TYPE_CHECKING:
+    from sdxl_train.cli.invocation import Invocation
+    from sdxl_train.plan import Plan
+
+
+def run(invocation: Invocation) -> int:
+    """Print the plan, or as JSON the plan or what is wrong."""
+    as_json = invocation.take_switch("json")
+    try:
+        invocation.refuse_leading()
+        prepared = prepare(invocation.settings, invocation.host)
+        from sdxl_train.plan import make_plan
+
+        plan = make_plan(prepared)
+    except UserError as error:
+        if as_json:
+            print(json.dumps({"errors": [str(problem) for problem in error.problems]}, indent=2))
+        raise
+    if as_json:
+        print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
+        return 0
+    warn([*invocation.notices, *prepared.warnings])
+    print_plan(plan)
+    return 0
+
+
+def print_plan(plan: Plan) -> None:
+    """Print a plan for people."""
+    dataset, steps = plan.dataset, plan.steps
+    rows = [
+        ("images", _images(dataset)),
+        ("buckets", ", ".join(_bucket(bucket) for bucket in dataset["buckets"])),
+        (
+            "steps",
+            f"{steps['optimizer_steps']} optimizer steps: {steps['batches_per_epoch']} batches an "
+            f"epoch, {steps['epochs']} epochs, {steps['warmup_steps']} of warm-up",
+        ),
+        ("saves", _saves(plan.saves)),
+    ]
+    for part in plan.modules.values():
+        adapted = f"{part.modules} modules, {part.parameters:,} parameters"
+        rows.append((part.title, adapted if part.modules else "not trained"))
+    for group in plan.groups:
+        rows.append((f"group {group['name']}", f"{group['tensors']} tensors at {group['lr']:g}"))
+    weights = sum(plan.memory.values())
+    rows.append(("memory", f"{weights / 1e9:.2f} GB of weights and gradients, plus activations"))
+    rows.append(("plugins", ", ".join(_plugin(plugin) for plugin in plan.plugins)))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+    for item in dataset["skipped"][:5]:
+        print(f"{'left out':<{width}}  {item['path']}: {item['reason']}")
+    if len(dataset["skipped"]) > 5:
+        print(f"{'':<{width}}  and {len(dataset['skipped']) - 5} more")
+
+
+def _images(dataset: object) -> str:
+    assert isinstance(dataset, dict)
+    text = f"{dataset['images']}, {dataset['repeats']} with repeats"
+    if dataset["regularization"]:
+        text += f", {dataset['regularization']} for regularization"
+    return f"{text}; {dataset['with_caption']} with a caption"
+
+
+def _bucket(bucket: dict[str, object]) -> str:
+    resolution = bucket["resolution"]
+    assert isinstance(resolution, (list, tuple))
+    return f"{resolution[0]}x{resolution[1]}: {bucket['images']}"
+
+
+def _saves(steps: list[int]) -> str:
+    shown = [str(step) for step in steps]
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-2:]]
+    return f"after step {', '.join(shown)}"
+
+
+def _plugin(plugin: dict[str, str]) -> str:
+    return f"{plugin['name']} ({plugin['distribution'] or 'file'} {plugin['version']})".strip()

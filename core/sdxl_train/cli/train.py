@@ -1,0 +1,52 @@
+"""``sdxl-train FLAGS``: check, plan, run."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_train.cli.console import warn
+from sdxl_train.errors import UserError
+from sdxl_train.preflight import prepare
+
+if TYPE_CHECKING:
+    from sdxl_train.cli.invocation import Invocation
+
+logger = logging.getLogger(__name__)
+
+
+def run(invocation: Invocation) -> int:
+    """Train with the settings of the command line."""
+    invocation.refuse_leading()
+    if invocation.settings.get("output_config"):
+        return _write_config(invocation)
+    prepared = prepare(invocation.settings, invocation.host)
+    warn([*invocation.notices, *prepared.warnings])
+
+    # Only now, when the input is known to be right, is torch worth its import.
+    from sdxl_train.cli.plan import print_plan
+    from sdxl_train.plan import make_plan
+    from sdxl_train.run import execute
+
+    plan = make_plan(prepared)
+    print_plan(plan)
+    result = execute(prepared, plan)
+    for path in result.files:
+        print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return result.exit_code
+
+
+def _write_config(invocation: Invocation) -> int:
+    """Write the options that were given to ``--config_file``."""
+    from sdxl_train.settings_file import write_settings
+
+    target = invocation.settings.get("config_file")
+    if target is None:
+        raise UserError.of(
+            "--output_config", "needs a file to write to", "name it with --config_file"
+        )
+    path = Path(str(target.value))
+    write_settings(path, invocation.settings, invocation.host)
+    print(f"options written to {path}")
+    return 0

@@ -1,0 +1,421 @@
+"""The kinds of component: what a plugin may provide, and what each one builds.
+
+A component is a frozen pydantic model of its options with one method, ``build``. The fields are
+the flags, the TOML keys, the help, the checks and the record in the saved file. ``build`` turns the
+options into what the training loop calls: a plain callable or one of the protocols below.
+
+Nothing here imports torch, so that asking for help stays fast; neither should the module of a
+built-in component. Import torch inside ``build``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Generator, LongTensor, Tensor, device, dtype, nn
+    from torch.optim import Optimizer as TorchOptimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sdxl_train.config import RunConfig
+    from sdxl_train.errors import Problem
+    from sdxl_train.run import Run
+    from sdxl_train.schedule import NoiseSchedule
+
+
+class OptionModel(BaseModel):
+    """Options that belong together: frozen, and nothing undeclared is accepted."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Component(OptionModel):
+    """A named, exchangeable piece of training. Subclass one of the kinds, not this class."""
+
+    default: ClassVar[bool] = False
+    """Whether this component serves when the run names none of its kind (built-in ones only)."""
+
+    def active(self) -> bool:
+        """Tell whether the options ask for anything.
+
+        Only asked of stacked kinds. A component whose option has a value that means "off" (the
+        ecosystem writes ``min_snr_gamma = 0``) answers False then and is not built.
+        """
+        return True
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what is wrong with these options in this run, before any weights are read.
+
+        May read headers of files. Must not import torch.
+        """
+        yield from ()
+
+
+# --------------------------------------------------------------------------------------- values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of the base model that a network can adapt, such as the U-Net.
+
+    Attributes:
+        name: Short and stable, the key in the plan: ``unet``, ``te1``.
+        title: What it is, for people: ``text encoder 1 (CLIP ViT-L/14)``.
+        group: Name of its optimizer group. Parts that share it and their rate become one group.
+        prefix: First word of its modules' names in files: ``lora_unet``.
+        module: The part itself.
+        lr: Its learning rate; None means the optimizer's ``learning_rate``.
+        file_names: From the path of each adaptable layer in ``module`` to its name in files, dots
+            as underscores and without the prefix. Never derive names from ``module`` itself: the
+            layout of installed libraries changes, names in files do not.
+    """
+
+    name: str
+    title: str
+    group: str
+    prefix: str
+    module: nn.Module
+    lr: float | None = None
+    file_names: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterGroup:
+    """Parameters that train at one rate.
+
+    Attributes:
+        part: Name of the :class:`Part` they adapt.
+        name: Name of the optimizer group, as logged: ``unet``, ``unet plus``.
+        parameters: Leaf tensors that require a gradient.
+        lr: Their rate; None means the optimizer's ``learning_rate``.
+        lr_factor: Multiplies the rate, whichever it is.
+    """
+
+    part: str
+    name: str
+    parameters: Sequence[nn.Parameter]
+    lr: float | None = None
+    lr_factor: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """How long a run is, counted in optimizer steps."""
+
+    total: int
+    warmup: int = 0
+    decay: int = 0
+
+
+# ------------------------------------------------------------------------ what components build
+
+
+class LoadedModel(Protocol):
+    """A base model, ready to predict.
+
+    ``condition`` is what the denoiser is told beside the noisy latents: the tensors that
+    ``encode_text`` returned, plus the sizes of the batch as ``original_size``, ``crop_top_left``
+    and ``target_size``, each int64 [B, 2] in pixels and (height, width) order.
+    """
+
+    parts: tuple[Part, ...]
+    """The parts that this run adapts."""
+    frozen_parts: tuple[Part, ...]
+    """The other parts that a network could adapt."""
+    denoiser: nn.Module
+    text_encoders: tuple[nn.Module, ...]
+    schedule: NoiseSchedule
+    latent_scale: int
+    """Pixels of the image for each latent pixel, along one side."""
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Turn images [B, 3, H, W] in [-1, 1] into latents [B, C, H/s, W/s], scaled for training.
+
+        Deterministic: the same image gives the same latents, so a cache changes nothing.
+        """
+
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Encode captions. Each tensor has the batch as its first dimension."""
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Predict the target from noisy latents [B, C, h, w] at int64 timesteps [B]."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Give what :meth:`predict` should return: the noise, or the velocity."""
+
+    def release_image_encoder(self) -> None:
+        """Free the image encoder, once every latent is cached."""
+
+    def release_text_encoders(self) -> None:
+        """Free the text encoders, once every caption is cached."""
+
+    def metadata(self) -> dict[str, str]:
+        """Describe the base model for the header of saved files (``ss_*``, ``modelspec.*``)."""
+
+
+class Adapter(Protocol):
+    """A network attached to a model: the only thing that trains.
+
+    A fresh adapter changes no output of the model.
+    """
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Give every trainable parameter exactly once, in groups no larger than a part."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the tensors of the saved file, under the names that clients read."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a saved file. Strict: raises UserError for any other set of keys."""
+
+    def metadata(self) -> dict[str, str]:
+        """Describe the network for the header of saved files (``ss_network_*``)."""
+
+    def prepare_step(self, timesteps: Tensor) -> None:
+        """Learn the timesteps [B] of the batch that comes next, before the model predicts."""
+
+    def detach(self) -> None:
+        """Give the model back as it was before ``build``."""
+
+
+TimestepSampler: TypeAlias = "Callable[[int, Generator], LongTensor]"
+NoiseTransform: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Generator], Tensor]"
+LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"
+WeightFunction: TypeAlias = "Callable[[Tensor], Tensor]"
+
+
+# ---------------------------------------------------------------------------------------- kinds
+
+
+class Model(Component):
+    """A family of base models."""
+
+    bucket_multiple: ClassVar[int] = 8
+    """Sides of training images must be a multiple of this many pixels."""
+
+    pretrained_model_name_or_path: str = Field(
+        description="Base model: a single .safetensors file, a diffusers folder, or a hub id.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute activations in the backward pass: less memory, a third slower.",
+    )
+
+    @abstractmethod
+    def build(self, device: device | str, dtype: dtype) -> LoadedModel:
+        """Load the model with its frozen weights in ``dtype`` on ``device``.
+
+        ``device="meta"`` reads no weights: the shapes are enough to plan a run.
+        """
+
+
+class Network(Component):
+    """A network that adapts a base model: LoRA and its relatives."""
+
+    network_dim: int | None = Field(
+        None, ge=1, description="Rank. Each network states its own default (LoRA: 4)."
+    )
+    network_alpha: float = Field(
+        1.0, ge=0, description="Scale: the delta is multiplied by alpha/rank. 0 means the rank."
+    )
+    network_dropout: float | None = Field(
+        None, ge=0, lt=1, description="Probability of dropping a rank activation while training."
+    )
+
+    @abstractmethod
+    def build(self, model: LoadedModel) -> Adapter:
+        """Attach a new network to ``model.parts``. It must work on the meta device too."""
+
+
+class Optimizer(Component):
+    """An optimizer.
+
+    The traits below are declared by a subclass and honoured by the run.
+    """
+
+    single_lr: ClassVar[bool] = False
+    """All groups must have the same rate (Prodigy, D-Adaptation)."""
+    train_eval_modes: ClassVar[bool] = False
+    """Has ``train()`` and ``eval()`` that must bracket saves and samples (schedule-free)."""
+    own_schedule: ClassVar[bool] = False
+    """Schedules its rate itself: only the scheduler ``constant`` goes with it."""
+    fused_backward: ClassVar[bool] = False
+    """Can step parameter by parameter inside the backward pass."""
+
+    learning_rate: float = Field(
+        2e-6, ge=0, description="Rate of every group that has none of its own. LoRA: about 1e-4."
+    )
+
+    @abstractmethod
+    def build(self, groups: Sequence[dict[str, Any]]) -> TorchOptimizer:
+        """Build over torch parameter groups: dicts with ``params``, ``lr`` and ``name``."""
+
+
+def _steps_or_share(value: object) -> object:
+    """Read ``10%`` as 0.1; leave counts and shares alone, as sd-scripts writes it."""
+    if isinstance(value, str) and value.endswith("%"):
+        return float(value[:-1]) / 100
+    return value
+
+
+StepsOrShare: TypeAlias = Annotated[
+    Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)],
+    BeforeValidator(_steps_or_share),
+]
+"""A number of optimizer steps, or a share of all steps: ``100``, ``0.1``, ``10%``."""
+
+
+class Scheduler(Component):
+    """A learning-rate schedule, counted in optimizer steps."""
+
+    lr_warmup_steps: StepsOrShare = Field(
+        0, description="Warm-up: optimizer steps, a share below 1, or a percentage (10%%)."
+    )
+
+    @abstractmethod
+    def build(self, optimizer: TorchOptimizer, steps: StepPlan) -> LRScheduler:
+        """Build the schedule; the run calls its ``step()`` after each optimizer step."""
+
+
+class Timesteps(Component):
+    """A distribution of training timesteps."""
+
+    min_timestep: int = Field(0, ge=0, description="Lowest timestep that is trained.")
+    max_timestep: int | None = Field(
+        None, ge=1, description="Timesteps are trained below this one. Default: all."
+    )
+
+    @abstractmethod
+    def build(self, schedule: NoiseSchedule) -> TimestepSampler:
+        """Build ``(n, generator) -> int64 [n]``; the generator lives on the CPU."""
+
+
+class Noise(Component):
+    """A transform of the noise. Several can be active; they apply in order of registration."""
+
+    phase: ClassVar[Literal["target", "input"]] = "target"
+    """``target``: added to the latents and to be predicted. ``input``: added only."""
+
+    @abstractmethod
+    def build(self, schedule: NoiseSchedule) -> NoiseTransform:
+        """Build ``(noise, latents, timesteps, generator) -> noise``, tensors [B, C, h, w]."""
+
+
+class Loss(Component):
+    """The distance between prediction and target."""
+
+    @abstractmethod
+    def build(self, schedule: NoiseSchedule) -> LossFunction:
+        """Build ``(prediction, target, timesteps) -> loss``, by element: [B, C, h, w], fp32."""
+
+
+class Weighting(Component):
+    """A weight for each sample by its timestep. Several can be active; they multiply."""
+
+    @abstractmethod
+    def build(self, schedule: NoiseSchedule) -> WeightFunction:
+        """Build ``timesteps [B] -> weights [B]``, fp32, positive and finite."""
+
+
+class Observer(Component):
+    """Something that watches a run: progress, trackers, samples. It cannot change the weights."""
+
+    always: ClassVar[bool] = False
+    """Active without being asked for (built-in ones only)."""
+
+    @abstractmethod
+    def build(self, run: Run) -> object:
+        """Build an object whose methods are named after events (see :mod:`.hookspecs`)."""
+
+
+class Command(Component):
+    """A subcommand, ``sdxl-train NAME``. A field in ``positional`` needs no flag."""
+
+    positional: ClassVar[tuple[str, ...]] = ()
+    """Names of the fields that may be given by position."""
+
+    @abstractmethod
+    def run(self) -> int:
+        """Do the work and return the exit code."""
+
+
+# ------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What the host knows about a kind.
+
+    Attributes:
+        name: ``network``; also the word before the name in ``components network:lora``.
+        base: The abstract option model.
+        hook: The hook that collects its components.
+        selector: The option that chooses one; for stacked kinds, the one that adds one by name.
+        stacked: Several can be active at once.
+        args: The option that takes the component's own fields as ``key=value``, if they are not
+            flags themselves.
+    """
+
+    name: str
+    base: type[Component]
+    hook: str
+    selector: str
+    stacked: bool = False
+    args: str | None = None
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(name="model", base=Model, hook="register_models", selector="model_type"),
+    Kind(
+        name="network",
+        base=Network,
+        hook="register_networks",
+        selector="network_module",
+        args="network_args",
+    ),
+    Kind(
+        name="optimizer",
+        base=Optimizer,
+        hook="register_optimizers",
+        selector="optimizer_type",
+        args="optimizer_args",
+    ),
+    Kind(
+        name="scheduler",
+        base=Scheduler,
+        hook="register_schedulers",
+        selector="lr_scheduler",
+        args="lr_scheduler_args",
+    ),
+    Kind(
+        name="timesteps",
+        base=Timesteps,
+        hook="register_timesteps",
+        selector="timestep_sampling",
+    ),
+    Kind(name="noise", base=Noise, hook="register_noises", selector="noise", stacked=True),
+    Kind(name="loss", base=Loss, hook="register_losses", selector="loss_type"),
+    Kind(
+        name="weighting",
+        base=Weighting,
+        hook="register_weightings",
+        selector="weighting",
+        stacked=True,
+    ),
+    Kind(
+        name="observer",
+        base=Observer,
+        hook="register_observers",
+        selector="observer",
+        stacked=True,
+    ),
+    Kind(name="command", base=Command, hook="register_commands", selector=""),
+)

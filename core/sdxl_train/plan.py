@@ -1,0 +1,93 @@
+"""What a run will do, told before it does it; the run that follows matches it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sdxl_train.assembly import WEIGHT_DTYPES, assemble
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sdxl_train.assembly import Assembly, ModuleCount
+    from sdxl_train.preflight import Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The plan of a run. :meth:`as_json` is an interface: its keys stay."""
+
+    plugins: list[dict[str, str]]
+    options: Mapping[str, Mapping[str, Any]]
+    dataset: Mapping[str, Any]
+    steps: Mapping[str, int]
+    saves: list[int]
+    samples: list[int]
+    modules: Mapping[str, ModuleCount]
+    groups: list[dict[str, Any]]
+    memory: Mapping[str, int]
+    warnings: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """Give the plan as plain JSON values."""
+        document = asdict(self)
+        for part in document["modules"].values():
+            del part["title"]
+        return {**document, "errors": []}
+
+
+def make_plan(prepared: Prepared) -> Plan:
+    """Plan a run from the shapes of its model; no weights are read.
+
+    Raises:
+        UserError: If the model or the network cannot be built as asked.
+    """
+    config, counts = prepared.config, prepared.counts
+    assembly = assemble(config, "meta", prepared.seed)
+    groups = [
+        {
+            "name": group["name"],
+            "lr": group["lr"],
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+        }
+        for group in assembly.groups
+    ]
+    return Plan(
+        plugins=[
+            {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+            for plugin in config.plugins
+        ],
+        options=config.options(),
+        dataset=prepared.scan.summary(),
+        steps={
+            "batches_per_epoch": counts.batches_per_epoch,
+            "epochs": counts.epochs,
+            "optimizer_steps": counts.total,
+            "warmup_steps": counts.warmup,
+        },
+        saves=prepared.saves.steps(),
+        samples=[],
+        modules=assembly.parts,
+        groups=groups,
+        memory=_memory(prepared, assembly),
+        warnings=list(prepared.warnings),
+    )
+
+
+def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
+    """Count the bytes that are certain: weights, and what trains with its gradient (fp32)."""
+    width = WEIGHT_DTYPES[prepared.config.training.mixed_precision].itemsize
+    trained = {id(parameter) for parameter in assembly.parameters}
+
+    def frozen(module: Any) -> int:
+        return sum(p.numel() for p in module.parameters() if id(p) not in trained) * width
+
+    network = sum(parameter.numel() for parameter in assembly.parameters) * 4
+    return {
+        "denoiser_bytes": frozen(assembly.model.denoiser),
+        "text_encoder_bytes": sum(frozen(encoder) for encoder in assembly.model.text_encoders),
+        "network_bytes": network,
+        "gradient_bytes": network,
+    }

@@ -1,0 +1,150 @@
+"""Every check that needs no weights, all faults at once, before anything heavy is imported."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sdxl_train.config import Resolver
+from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
+from sdxl_train.data.batches import BatchPlan
+from sdxl_train.data.dataset_config import resolve_datasets
+from sdxl_train.data.sources import scan
+from sdxl_train.errors import Problem, UserError
+from sdxl_train.plugins import PluginHost
+from sdxl_train.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sdxl_train.config import Resolution, RunConfig
+    from sdxl_train.data.sources import Scan
+    from sdxl_train.options import Setting
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """A run that passed every check, ready to be planned and built."""
+
+    config: RunConfig
+    host: PluginHost
+    scan: Scan
+    batches: BatchPlan
+    counts: StepCounts
+    seed: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def saves(self) -> SaveSchedule:
+        """When the network is saved."""
+        return SaveSchedule.of(self.config.output, self.counts)
+
+
+def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> Prepared:
+    """Check everything that can be checked without weights.
+
+    Raises:
+        UserError: With every problem found.
+    """
+    host = host or PluginHost()
+    resolution = Resolver(settings, host, Registry(host)).resolve()
+    problems, warnings = list(resolution.problems), list(resolution.notices)
+    scanned = _scan(resolution, problems, warnings)
+    config = resolution.config
+    if config is not None:
+        for component in config.components:
+            problems.extend(component.check(config))
+        problems.extend(_cross_checks(config))
+        warnings.extend(_remarks(config))
+    if problems or config is None or scanned is None:
+        raise UserError(problems)
+    seed = config.training.seed
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+    batches = BatchPlan(scanned.datasets, seed)
+    counts = StepCounts.of(
+        config.training, batches.batches_per_epoch, config.scheduler.lr_warmup_steps
+    )
+    if counts.warmup > counts.total:
+        raise UserError.of(
+            config.place("lr_warmup_steps"),
+            f"{counts.warmup} warm-up steps in a run of {counts.total} steps",
+            "shorten the warm-up or train longer",
+        )
+    return Prepared(
+        config=config,
+        host=host,
+        scan=scanned,
+        batches=batches,
+        counts=counts,
+        seed=seed,
+        warnings=warnings,
+    )
+
+
+def _scan(resolution: Resolution, problems: list[Problem], warnings: list[str]) -> Scan | None:
+    if resolution.dataset is None:
+        return None
+    config = resolution.config
+    place = resolution.place
+    datasets, faults, notes = resolve_datasets(resolution.dataset, place)
+    problems.extend(faults)
+    warnings.extend(notes)
+    if not datasets:
+        return None
+    multiple = config.model.bucket_multiple if config else 8
+    scanned = scan(datasets, bucket_multiple=multiple, place=place)
+    problems.extend(scanned.problems)
+    warnings.extend(scanned.warnings)
+    return scanned
+
+
+def _cross_checks(config: RunConfig) -> Iterator[Problem]:
+    folder = config.output.output_dir
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        yield Problem(
+            place=config.place("output_dir"),
+            message=f"{existing} is a file, expected a folder",
+            remedy="name another folder",
+        )
+    elif not os.access(existing, os.W_OK):
+        yield Problem(
+            place=config.place("output_dir"),
+            message=f"{existing} cannot be written to",
+            remedy="name another folder, or change its permissions",
+        )
+    name = config.output.output_name
+    if name is not None and (not name or "/" in name or "\\" in name):
+        yield Problem(
+            place=config.place("output_name"),
+            message=f"{name!r} is not a file name",
+            remedy="put the folder in --output_dir",
+        )
+    if config.optimizer.own_schedule and not config.scheduler.default:
+        yield Problem(
+            place=config.place("lr_scheduler"),
+            message=f"{config.name_of('optimizer')} schedules its rate itself",
+            remedy="leave out --lr_scheduler",
+        )
+
+
+def _remarks(config: RunConfig) -> Iterator[str]:
+    """Say what the run does that its user may not expect."""
+    training = config.training
+    if training.max_train_epochs is not None and training.max_train_steps is not None:
+        yield (
+            f"{config.place('max_train_steps')} has no effect: "
+            f"{config.place('max_train_epochs')} takes precedence"
+        )
+    if training.max_train_epochs is None and training.max_train_steps is None:
+        yield (
+            f"neither --max_train_steps nor --max_train_epochs is set: training for "
+            f"{DEFAULT_MAX_STEPS} steps, sd-scripts' default"
+        )
+    if not config.is_set("learning_rate") and not config.optimizer.single_lr:
+        yield (
+            f"--learning_rate is not set: sd-scripts' default of "
+            f"{config.optimizer.learning_rate:g} is low for a network; 1e-4 is usual"
+        )

@@ -1,0 +1,49 @@
+"""The named random streams of a run.
+
+A draw depends on the seed, the purpose and where in the run it is made, and on nothing else. So an
+observer, a sample image, a worker count or a save can never change the weights, and a resumed run
+needs no saved generator state: it derives the same draws from the same step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """Derive an independent seed in [0, 2**63) from a seed and any names, by hashing."""
+    text = "\x1f".join(str(name) for name in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Streams:
+    """Generators for the draws of a training step, one for each purpose."""
+
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        self.device = device
+        self._generators: dict[tuple[str, str], torch.Generator] = {}
+
+    def cpu(self, purpose: str, *where: object) -> torch.Generator:
+        """Give the CPU generator of ``purpose`` at this point of the run."""
+        return self._at("cpu", purpose, where)
+
+    def on_device(self, purpose: str, *where: object) -> torch.Generator:
+        """Give the generator of ``purpose`` on the training device."""
+        return self._at(str(self.device), purpose, where)
+
+    def seed_for(self, purpose: str, *where: object) -> int:
+        """Give the bare seed, for code that seeds a global generator (dropout layers)."""
+        return derive_seed(self.seed, purpose, *where)
+
+    def _at(self, device: str, purpose: str, where: tuple[object, ...]) -> torch.Generator:
+        import torch
+
+        key = (device, purpose)
+        if key not in self._generators:
+            self._generators[key] = torch.Generator(device=device)
+        return self._generators[key].manual_seed(self.seed_for(purpose, *where))

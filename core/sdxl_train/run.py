@@ -1,0 +1,338 @@
+"""One run, in order: build, cache, train, save, tell.
+
+accelerate lives here and nowhere else: device, precision, gradient scaling.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from sdxl_train.assembly import Assembly, assemble
+from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network
+from sdxl_train.counts import SavePoint
+from sdxl_train.data.cache import LatentCache, TextCache
+from sdxl_train.data.loader import BatchLoader, PixelLoader
+from sdxl_train.data.metadata import dataset_metadata
+from sdxl_train.errors import TrainingError, UserError
+from sdxl_train.events import Events
+from sdxl_train.loop import Step, StepBatches, StepResult, train
+from sdxl_train.record import RunRecord
+from sdxl_train.rng import Streams, derive_seed
+from sdxl_train.signals import StopSignals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
+
+    from sdxl_train.config import RunConfig
+    from sdxl_train.data.batches import Batch
+    from sdxl_train.plan import Plan
+    from sdxl_train.preflight import Prepared
+
+logger = logging.getLogger(__name__)
+
+_CAPTIONS_AT_ONCE = 8
+_SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as observers see it.
+
+    Attributes:
+        config: Its checked options.
+        plan: What it will do.
+        assembly: The model and the network; an observer must leave them as they are.
+        output_dir: Where its files go.
+        name: Stem of the names of its files.
+    """
+
+    config: RunConfig
+    plan: Plan
+    assembly: Assembly
+    output_dir: Path
+    name: str
+
+
+@dataclass(kw_only=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 when it came to its end; 128 plus the signal that stopped it.
+        steps: Optimizer steps done.
+        files: The networks it wrote that are still there.
+        final_loss: Mean loss of the last step.
+        observer_failures: What went wrong in which observer.
+    """
+
+    exit_code: int = 0
+    steps: int = 0
+    files: list[Path] = field(default_factory=list)
+    final_loss: float | None = None
+    observer_failures: dict[str, str] = field(default_factory=dict)
+
+
+def execute(prepared: Prepared, plan: Plan) -> RunResult:
+    """Run what was prepared and planned.
+
+    Raises:
+        UserError: If the machine cannot do what the options ask.
+        TrainingError: If training fails; the files written before are whole.
+    """
+    trainer = Trainer(prepared, plan)
+    error: BaseException | None = None
+    try:
+        with StopSignals() as signals:
+            trainer.train(signals)
+    except BaseException as raised:
+        error = raised
+        raise
+    finally:
+        trainer.close(error)
+    return trainer.result
+
+
+class Trainer:
+    """Holds what a run builds, from the model to the observers."""
+
+    def __init__(self, prepared: Prepared, plan: Plan) -> None:
+        config = prepared.config
+        self.prepared = prepared
+        self.config = config
+        self.accelerator = _accelerator(config)
+        device = self.accelerator.device
+        logger.info("device %s, mixed precision %s", device, config.training.mixed_precision)
+        self.assembly = assemble(config, device, prepared.seed)
+        self.model = self.assembly.model
+        encoders = {id(encoder) for encoder in self.model.text_encoders}
+        self.trains_text = any(id(part.module) in encoders for part in self.model.parts)
+        optimizer = config.optimizer.build(self.assembly.groups)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = config.scheduler.build(optimizer, prepared.counts.step_plan)
+        self.step = self._build_step(device)
+        self.result = RunResult()
+        self.record = self._build_record()
+        output = config.output
+        output.output_dir.mkdir(parents=True, exist_ok=True)
+        self.run = Run(
+            config=config,
+            plan=plan,
+            assembly=self.assembly,
+            output_dir=output.output_dir,
+            name=output.output_name or "last",
+        )
+        self.events = self._build_events()
+        self.loader = self._build_loader()
+
+    def train(self, signals: StopSignals) -> None:
+        """Train to the end, or to the first signal, saving what falls due."""
+        self.events.tell("run_started", run=self.run)
+        last: StepResult | None = None
+        for last in train(self._steps(), self.step):
+            self.result.steps = last.step
+            for point in self.prepared.saves.due(last.step):
+                self._save(point, last)
+            self.events.tell("step_finished", run=self.run, step=last)
+            if signals.received:
+                if last.step < self.prepared.counts.total:
+                    self._save(SavePoint(kind="step", number=last.step), last)
+                self.result.exit_code = signals.exit_code
+                break
+        self.result.final_loss = last.loss.item() if last else None
+
+    def close(self, error: BaseException | None) -> None:
+        """Write the record, tell the observers, and free what they hold."""
+        self.events.tell("run_finished", run=self.run, error=error)
+        self.events.close()
+        self.result.observer_failures = dict(self.events.failures)
+        self.record.write(
+            self.run.output_dir / f"{self.run.name}.run.json",
+            {
+                "status": _status(error, self.result.exit_code),
+                "steps": self.result.steps,
+                "final_loss": self.result.final_loss,
+                "files": [path.name for path in self.result.files],
+                "observer_failures": self.result.observer_failures,
+                "finished_at": time.time(),
+            },
+        )
+
+    def _build_step(self, device: torch.device) -> Step:
+        config, model = self.config, self.model
+        schedule = model.schedule
+        return Step(
+            timesteps=config.timesteps.build(schedule),
+            target_noises=[n.build(schedule) for n in config.noises if n.phase == "target"],
+            input_noises=[n.build(schedule) for n in config.noises if n.phase == "input"],
+            add_noise=schedule.add_noise,
+            condition=self._condition,
+            prepare_step=self.assembly.adapter.prepare_step,
+            predict=model.predict,
+            target=model.target,
+            loss=config.loss.build(schedule),
+            weightings=[weighting.build(schedule) for weighting in config.weightings],
+            streams=Streams(self.prepared.seed, device),
+            autocast=self.accelerator.autocast,
+            backward=self.accelerator.backward,
+            clip=self._clip,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            tolerates_overflow=config.training.mixed_precision == "fp16",
+        )
+
+    def _build_record(self) -> RunRecord:
+        prepared = self.prepared
+        return RunRecord(
+            config=self.config,
+            counts=prepared.counts,
+            seed=prepared.seed,
+            session=derive_seed(time.time_ns(), "session") % 2**32,
+            started=time.time(),
+            described={
+                **dataset_metadata(prepared.scan, self.config.dataset),
+                **self.model.metadata(),
+                **self.assembly.adapter.metadata(),
+            },
+        )
+
+    def _build_events(self) -> Events:
+        host = self.prepared.host
+        events = Events(
+            host.manager,
+            list(host.enabled.values()),
+            strict=self.config.training.strict_observers,
+        )
+        names = [entry.name for entry in self.config.entries if entry.kind.name == "observer"]
+        for name, observer in zip(names, self.config.observers, strict=True):
+            events.add_observer(name, observer.build(self.run))
+        return events
+
+    def _build_loader(self) -> BatchLoader:
+        """Fill the caches that the options ask for, then free what only they needed."""
+        options, plan = self.config.dataset, self.prepared.batches
+        pixels = PixelLoader(
+            plan.datasets,
+            num_workers=options.max_data_loader_n_workers,
+            persistent_workers=options.persistent_data_loader_workers,
+        )
+        loader = BatchLoader(plan, pixels, prior_loss_weight=options.prior_loss_weight)
+        if options.cache_latents:
+            loader.latents = LatentCache(plan.datasets)
+            with _progress("caching latents") as progress:
+                loader.latents.fill(
+                    pixels,
+                    self._encode_images,
+                    batch_size=options.vae_batch_size,
+                    progress=progress,
+                )
+            self.model.release_image_encoder()
+        if options.cache_text_encoder_outputs:
+            loader.text = TextCache(plan.datasets)
+            with _progress("caching text encoder outputs") as progress, self.accelerator.autocast():
+                loader.text.fill(
+                    self.model.encode_text, batch_size=_CAPTIONS_AT_ONCE, progress=progress
+                )
+            self.model.release_text_encoders()
+        return loader
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model.encode_images(images.to(self.accelerator.device))
+
+    def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
+        text = batch.text
+        if text is None:
+            with torch.set_grad_enabled(self.trains_text):
+                text = self.model.encode_text(batch.captions)
+        return {
+            **text,
+            "original_size": batch.original_size,
+            "crop_top_left": batch.crop_top_left,
+            "target_size": batch.target_size,
+        }
+
+    def _clip(self) -> Tensor:
+        self.accelerator.unscale_gradients(self.optimizer)
+        limit = self.config.training.max_grad_norm or float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)
+
+    def _steps(self) -> Iterator[StepBatches]:
+        """Give the batches of every step: whole epochs, the last one cut at the total."""
+        counts = self.prepared.counts
+        accumulation = self.config.training.gradient_accumulation_steps
+        done = 0
+        for epoch in range(1, counts.epochs + 1):
+            specs = self.prepared.batches.epoch(epoch)[: (counts.total - done) * accumulation]
+            batches = self._ready(self.loader.batches(specs))
+            for start in range(0, len(specs), accumulation):
+                size = len(specs[start : start + accumulation])
+                yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
+                done += 1
+
+    def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Put batches on the device, with latents."""
+        for batch in batches:
+            moved = batch.to(self.accelerator.device)
+            if moved.latents is None:
+                assert moved.pixels is not None
+                moved = replace(moved, latents=self._encode_images(moved.pixels), pixels=None)
+            yield moved
+
+    def _save(self, point: SavePoint, step: StepResult) -> None:
+        output = self.config.output
+        path = output.output_dir / file_name(output, point)
+        dtype = _SAVE_DTYPES[output.save_precision or "float"]
+        tensors = {
+            name: tensor.to(dtype) for name, tensor in self.assembly.adapter.state_dict().items()
+        }
+        save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
+        gone = prune(output, point)
+        self.result.files = [*(p for p in self.result.files if p not in (*gone, path)), path]
+        logger.info("saved %s", path)
+        checkpoint = Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
+        self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    precision = config.training.mixed_precision
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError.of(
+            config.place("mixed_precision"),
+            "fp16 needs a GPU, and this machine has none",
+            "use --mixed_precision bf16 or no",
+        )
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"{accelerator.num_processes} processes were launched; this version trains with one"
+        )
+    return accelerator
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a piece of work is that counts its done and total items."""
+    with tqdm(desc=title, unit="", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _status(error: BaseException | None, exit_code: int) -> str:
+    if error is not None:
+        return f"failed: {type(error).__name__}: {error}"
+    return "interrupted" if exit_code else "complete"

@@ -1,0 +1,46 @@
+"""Write settings as a TOML file that ``--config_file`` reads back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from sdxl_train.checkpoint import write_atomically
+from sdxl_train.config import Resolver
+from sdxl_train.errors import UserError
+from sdxl_train.registry import Registry
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from sdxl_train.options import Setting
+    from sdxl_train.plugins import PluginHost
+
+_NOT_WRITTEN = ("config_file", "output_config")
+
+
+def write_settings(path: Path, settings: Mapping[str, Setting], host: PluginHost) -> None:
+    """Write every option that was set, checked and in its own type.
+
+    Raises:
+        UserError: If an option is wrong, or the file exists.
+    """
+    if path.suffix != ".toml":
+        path = path.with_name(f"{path.name}.toml")
+    if path.exists():
+        raise UserError.of("--config_file", f"{path} exists already", "name another file")
+    resolution = Resolver(settings, host, Registry(host)).resolve()
+    if resolution.config is None or resolution.problems:
+        raise UserError(resolution.problems)
+    document: dict[str, Any] = {}
+    for name, item in resolution.config.options().items():
+        if item["origin"] == "default" or name in _NOT_WRITTEN or item["value"] is None:
+            continue
+        table, dot, key = name.partition(".")
+        if dot:
+            document.setdefault(table, {})[key] = item["value"]
+        else:
+            document[name] = item["value"]
+    write_atomically(path, tomli_w.dumps(document).encode())

@@ -1,0 +1,94 @@
+"""The built-in plugin: what is specific to SDXL, and one good component of each kind.
+
+It registers by the same entry point and the same hooks as every other plugin, and imports only
+``sdxl_train``'s public names. Hook implementations only; the components are in their own modules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdxl_lora_plugins import (
+    losses,
+    model,
+    networks,
+    noises,
+    optimizers,
+    schedulers,
+    timesteps,
+    weightings,
+)
+from sdxl_lora_plugins.observers.progress import Progress
+from sdxl_train import hookimpl
+
+if TYPE_CHECKING:
+    from sdxl_train import (
+        Loss,
+        Model,
+        Network,
+        Noise,
+        Observer,
+        Optimizer,
+        Scheduler,
+        Timesteps,
+        Weighting,
+    )
+
+
+@hookimpl
+def register_models() -> dict[str, type[Model]]:
+    """Give the model families."""
+    return {"sdxl": model.Sdxl}
+
+
+@hookimpl
+def register_networks() -> dict[str, type[Network]]:
+    """Give the networks, also under sd-scripts' module path."""
+    return {"lora": networks.Lora, "networks.lora": networks.Lora}
+
+
+@hookimpl
+def register_optimizers() -> dict[str, type[Optimizer]]:
+    """Give the optimizers."""
+    return {"AdamW": optimizers.AdamW}
+
+
+@hookimpl
+def register_schedulers() -> dict[str, type[Scheduler]]:
+    """Give the learning-rate schedules."""
+    return {
+        "constant": schedulers.Constant,
+        "constant_with_warmup": schedulers.ConstantWithWarmup,
+        "linear": schedulers.Linear,
+        "cosine": schedulers.Cosine,
+    }
+
+
+@hookimpl
+def register_timesteps() -> dict[str, type[Timesteps]]:
+    """Give the timestep distributions."""
+    return {"uniform": timesteps.Uniform}
+
+
+@hookimpl
+def register_noises() -> dict[str, type[Noise]]:
+    """Give the noise transforms in the order in which they apply."""
+    return {"noise-offset": noises.NoiseOffset}
+
+
+@hookimpl
+def register_losses() -> dict[str, type[Loss]]:
+    """Give the losses."""
+    return {"l2": losses.L2}
+
+
+@hookimpl
+def register_weightings() -> dict[str, type[Weighting]]:
+    """Give the timestep weightings."""
+    return {"min-snr": weightings.MinSnr}
+
+
+@hookimpl
+def register_observers() -> dict[str, type[Observer]]:
+    """Give the observers."""
+    return {"progress": Progress}

@@ -1,0 +1,162 @@
+"""The base model SDXL: its options and what can be wrong with them. Light to import."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from sdxl_lora_plugins.model import sources
+from sdxl_train import Field, Model, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import device, dtype
+
+    from sdxl_lora_plugins.model.headers import Fault
+    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train import RunConfig
+
+__all__ = ["Sdxl"]
+
+_TITLES = {"unet": "U-Net", "te1": "text encoder 1", "te2": "text encoder 2"}
+
+
+class Sdxl(Model):
+    """Stable Diffusion XL base 1.0 and its fine-tunes."""
+
+    default: ClassVar[bool] = True
+    bucket_multiple: ClassVar[int] = 32
+
+    vae: str | None = Field(
+        None, description="VAE in place of the model's own: a .safetensors file, folder or hub id."
+    )
+    vae_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="Precision of the VAE. SDXL's own VAE overflows in fp16."
+    )
+    no_half_vae: bool = Field(
+        False, description="Insist on the VAE in fp32, which is the default; for sd-scripts users."
+    )
+    v_parameterization: bool = Field(
+        False, description="The model predicts v. Without this, the model's own marks decide."
+    )
+    tokenizer_cache_dir: Path | None = Field(
+        None,
+        description="Folder with tokenizers for single-file models, filled if empty. Default: the "
+        "vocabulary that comes with this program.",
+    )
+    sdpa: bool = Field(
+        True,
+        description="Compute attention with torch's scaled_dot_product_attention; false: by an "
+        "explicit softmax (slower, more memory).",
+    )
+    max_token_length: Literal[75, 150, 225] | None = Field(
+        None, description="Tokens of a caption that are read. Default: 75."
+    )
+    unet_lr: float | None = Field(
+        None, ge=0, description="Rate of the U-Net. Default: learning_rate. 0: not adapted."
+    )
+    text_encoder_lr: list[Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=2,
+        description="Rate of both text encoders, or one rate each. Default: learning_rate. 0: not "
+        "adapted.",
+    )
+    text_encoder_lr1: float | None = Field(
+        None, ge=0, description="Rate of text encoder 1 (CLIP ViT-L/14), over text_encoder_lr."
+    )
+    text_encoder_lr2: float | None = Field(
+        None, ge=0, description="Rate of text encoder 2 (OpenCLIP bigG), over text_encoder_lr."
+    )
+    network_train_unet_only: bool = Field(False, description="Adapt the U-Net only.")
+    network_train_text_encoder_only: bool = Field(
+        False, description="Adapt the text encoders only."
+    )
+
+    def rates(self) -> dict[str, float | None]:
+        """Give the rate of each part that is adapted; None stands for ``learning_rate``.
+
+        The keys are ``unet``, ``te1`` and ``te2``. A part whose own rate is 0 is left out.
+        """
+        both: list[float] | list[None] = self.text_encoder_lr or [None]
+        rates: dict[str, float | None] = {}
+        if not self.network_train_text_encoder_only:
+            rates["unet"] = self.unet_lr
+        if not self.network_train_unet_only:
+            rates["te1"] = both[0] if self.text_encoder_lr1 is None else self.text_encoder_lr1
+            rates["te2"] = both[-1] if self.text_encoder_lr2 is None else self.text_encoder_lr2
+        return {name: rate for name, rate in rates.items() if rate != 0}
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what is wrong with the sources, from their headers, and with the rates."""
+        base = self.pretrained_model_name_or_path
+        place = config.place("pretrained_model_name_or_path")
+        yield from _problems(place, sources.base_faults(base, vae_given=self.vae is not None))
+        if self.vae is not None:
+            yield from _problems(config.place("vae"), sources.vae_faults(self.vae))
+        if self.no_half_vae and self.vae_dtype != "fp32":
+            yield Problem(
+                place=config.place("no_half_vae"),
+                message=f"contradicts vae_dtype = {self.vae_dtype}: no_half_vae means fp32",
+                remedy=f"drop it, or {config.place('vae_dtype')}",
+            )
+        yield from self._check_training(config)
+
+    def build(self, device: device | str, dtype: dtype) -> LoadedSdxl:
+        """Load the model with its frozen weights in ``dtype``, the VAE in ``vae_dtype``.
+
+        Raises:
+            UserError: If a source is not what it must be, or is incomplete.
+        """
+        import torch
+
+        from sdxl_lora_plugins.model.loading import load
+
+        return load(self, torch.device(device), dtype)
+
+    def _check_training(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what is wrong with the choice of parts to adapt."""
+        if self.network_train_unet_only and self.network_train_text_encoder_only:
+            yield Problem(
+                place=config.place("network_train_unet_only"),
+                message="contradicts network_train_text_encoder_only: nothing would be trained",
+                remedy="drop one of the two",
+            )
+            return
+        default = config.optimizer.learning_rate
+        trained = [name for name, rate in self.rates().items() if (rate or default) > 0]
+        idle = [name for name in self.rates() if name not in trained]
+        if not trained:
+            yield Problem(
+                place=config.place("learning_rate"),
+                message="nothing is left to train: every rate is 0 (learning_rate, unet_lr, "
+                "text_encoder_lr, text_encoder_lr1, text_encoder_lr2)",
+                remedy="give a rate above 0 to a part that network_train_unet_only or "
+                "network_train_text_encoder_only does not exclude",
+            )
+        elif idle:
+            yield Problem(
+                place=config.place("learning_rate"),
+                message=f"is 0, and {_listed(idle)} would be trained at it without ever learning",
+                remedy="give a rate above 0, or set unet_lr or text_encoder_lr to 0 as well",
+            )
+        encoders = [name for name in self.rates() if name != "unet"]
+        if config.dataset.cache_text_encoder_outputs and encoders:
+            yield Problem(
+                place=config.place("cache_text_encoder_outputs"),
+                message=f"outputs cannot be cached while {_listed(encoders)} are trained"
+                if len(encoders) > 1
+                else f"outputs cannot be cached while {_listed(encoders)} is trained",
+                remedy="add --network_train_unet_only, or set --text_encoder_lr 0, or drop "
+                "cache_text_encoder_outputs",
+            )
+
+
+def _problems(place: str, faults: Iterator[Fault]) -> Iterator[Problem]:
+    for fault in faults:
+        yield Problem(place=place, message=fault.message, remedy=fault.remedy)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(_TITLES[name] for name in names)

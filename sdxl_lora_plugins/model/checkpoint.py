@@ -1,0 +1,243 @@
+"""Reading SDXL from a single ``.safetensors`` file.
+
+Each part is first built without memory, on torch's meta device, from the shapes in the header.
+Then every tensor goes from the memory-mapped file straight to the device and dtype that it is used
+in and is assigned, so that there is never a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdxl_lora_plugins.model import configs, kinds, names
+from sdxl_lora_plugins.model.headers import BadFileError, Header, read_header
+from sdxl_train import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sized
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from sdxl_lora_plugins.model.headers import Shapes
+
+_log = logging.getLogger(__name__)
+
+_HARMLESS = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|sigmas|log_sigmas|sigma_(min|max)|v_pred|ztsnr)$"
+    r"|(model\.)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar)$"
+    r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
+)
+"""Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
+
+_NUM_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the values of a parameter are in a file.
+
+    Attributes:
+        name: The tensor in the file.
+        third: Which third of its rows (query, key, value); None for all of them.
+        transposed: Whether the file keeps the matrix transposed.
+        flattened: Whether the file keeps the matrix as a convolution of one pixel.
+    """
+
+    name: str
+    third: int | None = None
+    transposed: bool = False
+    flattened: bool = False
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """Give the parameter's values as a view of the stored tensor."""
+        if self.third is not None:
+            tensor = tensor.chunk(3)[self.third]
+        if self.transposed:
+            tensor = tensor.T
+        return tensor.flatten(1) if self.flattened and tensor.ndim == 4 else tensor
+
+
+def unet_origins(unet: UNet2DConditionModel) -> dict[str, Origin]:
+    """Map every parameter of diffusers' U-Net to its tensor in SGM naming."""
+    blocks = configs.layout_of(unet.config).blocks()
+    return {
+        path: Origin(name=kinds.UNET + names.unet_to_sgm(path, blocks))
+        for path in unet.state_dict()
+    }
+
+
+def clip_origins(encoder: nn.Module) -> dict[str, Origin]:
+    """Map every parameter of text encoder 1 to its tensor."""
+    root = kinds.TE1.removesuffix("text_model.")
+    return {path: Origin(name=root + names.clip_path(path)) for path in encoder.state_dict()}
+
+
+def openclip_origins(encoder: nn.Module) -> dict[str, Origin]:
+    """Map every parameter of text encoder 2 to its tensor in OpenCLIP naming."""
+    return {
+        path: Origin(
+            name=kinds.TE2 + names.clip_to_openclip(path),
+            third="qkv".index(match[1])
+            if (match := re.search(r"\.([qkv])_proj\.", path))
+            else None,
+            transposed=path.startswith("text_projection"),
+        )
+        for path in encoder.state_dict()
+    }
+
+
+def vae_origins(vae: AutoencoderKL, shapes: Shapes) -> dict[str, Origin]:
+    """Map every parameter of diffusers' VAE to its tensor in a file, whichever naming it has."""
+    prefix = vae_prefix(shapes)
+    num_levels = len(vae.config["block_out_channels"])
+    origins = {}
+    for path in vae.state_dict():
+        candidates = [
+            names.vae_to_ldm(path, num_levels),
+            path,
+            names.vae_to_old_diffusers(path),
+        ]
+        known = [name for name in candidates if prefix + name in shapes]
+        origins[path] = Origin(name=prefix + (known or candidates)[0], flattened=".to_" in path)
+    return origins
+
+
+def vae_prefix(shapes: Shapes) -> str:
+    """Give what stands before the names of a VAE in a file."""
+    return kinds.VAE if any(name.startswith(kinds.VAE) for name in shapes) else ""
+
+
+class Checkpoint:
+    """A single file, and which of its tensors were used.
+
+    Args:
+        path: The file.
+        device: Where the parts go; on ``meta`` only shapes are read.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self._device = device
+        self._used: set[str] = set()
+        try:
+            self.header: Header = read_header(path)
+        except BadFileError as error:
+            raise self._error(error) from error
+
+    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+        """Load the U-Net."""
+        config = self._configure(configs.unet_config)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**config)
+        self._fill(unet, unet_origins(unet), "U-Net", dtype)
+        return unet
+
+    def text_encoders(
+        self, dtype: torch.dtype, attention: str
+    ) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+        """Load both text encoders, with transformers' implementation of attention."""
+        config = self._configure(configs.clip_config)
+        config_2 = self._configure(configs.openclip_config)
+        with torch.device("meta"):
+            te1 = CLIPTextModel(CLIPTextConfig(**config, attn_implementation=attention))
+            te2 = CLIPTextModelWithProjection(
+                CLIPTextConfig(**config_2, attn_implementation=attention)
+            )
+        self._fill(te1, clip_origins(te1), "text encoder 1", dtype)
+        self._fill(te2, openclip_origins(te2), "text encoder 2", dtype)
+        return te1, te2
+
+    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        """Load the VAE, of a whole checkpoint or a file of its own."""
+        prefix = vae_prefix(self.header.shapes)
+        config = self._configure(lambda shapes: configs.vae_config(shapes, prefix))
+        with torch.device("meta"):
+            vae = AutoencoderKL(**config)
+        self._fill(vae, vae_origins(vae, self.header.shapes), "VAE", dtype)
+        return vae
+
+    def warn_of_unused(self, *, vae_replaced: bool) -> None:
+        """Log once how many tensors of the file belong to nothing that trains or is trained on."""
+        left = [
+            name
+            for name in self.header.shapes
+            if name not in self._used
+            and not _HARMLESS.match(name)
+            and not (vae_replaced and name.startswith(kinds.VAE))
+        ]
+        if left:
+            _log.warning("%s: %s not used: %s", self.path.name, _count(left), _shown(left))
+
+    def _configure(self, read: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
+        try:
+            return read(self.header.shapes)
+        except BadFileError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: BadFileError) -> UserError:
+        return UserError.of(str(self.path), error.fault.message, error.fault.remedy)
+
+    def _fill(
+        self, module: nn.Module, origins: Mapping[str, Origin], title: str, dtype: torch.dtype
+    ) -> None:
+        """Give a part on the meta device its weights."""
+        self._check(module, origins, title)
+        self._used.update(origin.name for origin in origins.values())
+        state = {
+            path: origin.take(stored).to(device=self._device, dtype=dtype).contiguous()
+            for path, origin, stored in self._tensors(origins)
+        }
+        module.load_state_dict(state, assign=True)
+        fill_position_ids(module, self._device)
+
+    def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Origin, Tensor]]:
+        """Yield each parameter's stored tensor, as a view of the file; on meta, its shape."""
+        if self._device.type == "meta":
+            for path, origin in origins.items():
+                yield path, origin, torch.empty(self.header.shapes[origin.name], device="meta")
+            return
+        with safe_open(self.path, framework="pt") as file:
+            for path, origin in origins.items():
+                yield path, origin, file.get_tensor(origin.name)
+
+    def _check(self, module: nn.Module, origins: Mapping[str, Origin], title: str) -> None:
+        """Raise UserError for tensors that are missing or of another shape."""
+        shapes = self.header.shapes
+        if missing := sorted({o.name for o in origins.values()} - shapes.keys()):
+            text = f"the {title} lacks {_count(missing)}: {_shown(missing)}"
+            raise UserError.of(str(self.path), text, "use a complete checkpoint")
+        wanted = module.state_dict()
+        wrong = []
+        for path, origin in origins.items():
+            stored = torch.empty(shapes[origin.name], device="meta")
+            if origin.take(stored).shape != wanted[path].shape:
+                wrong.append(origin.name)
+        if wrong:
+            text = f"the {title} has {_count(wrong)} of a shape that does not fit: {_shown(wrong)}"
+            raise UserError.of(str(self.path), text, "use an SDXL base checkpoint")
+
+
+def fill_position_ids(encoder: nn.Module, device: torch.device) -> None:
+    """Make the one buffer that no file holds, the positions of CLIP's tokens."""
+    for module in encoder.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, torch.Tensor) and ids.is_meta:
+            module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
+
+
+def _count(items: Sized) -> str:
+    return "1 tensor" if len(items) == 1 else f"{len(items)} tensors"
+
+
+def _shown(items: list[str]) -> str:
+    more = len(items) - _NUM_SHOWN
+    return ", ".join(items[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

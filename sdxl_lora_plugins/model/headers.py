@@ -1,0 +1,122 @@
+"""Headers of weight files: names and shapes of tensors, told from the first bytes.
+
+Reads no weights and needs no torch. The safetensors format is an 8-byte little-endian length, a
+JSON header of that length, then the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
+"""Shapes of the tensors of a file, by name."""
+
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+"""What the safetensors library accepts; the header of full-size SDXL has 0.3 MB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Why a source cannot serve, without its place: ``remedy`` may be empty."""
+
+    message: str
+    remedy: str = ""
+
+
+class BadFileError(Exception):
+    """A file is not what its reader needs."""
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        self.fault = Fault(message=message, remedy=remedy)
+        super().__init__(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a safetensors file says about itself."""
+
+    path: Path
+    shapes: Shapes
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of a safetensors file.
+
+    Raises:
+        BadFileError: If the file cannot be read, is truncated, or is something else; the message
+            says what.
+    """
+    try:
+        stat = path.stat()
+        return _read(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise BadFileError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+@cache
+def _read(path: Path, size: int, _modified: int) -> Header:
+    """Read a header once for each state of a file."""
+    if size == 0:
+        raise BadFileError(f"{path.name} is empty (0 bytes)", "download it again")
+    with path.open("rb") as file:
+        start = file.read(512)
+        _refuse_other_formats(path, start)
+        length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+        if size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
+            raise BadFileError(f"{path.name} is not a safetensors file: its first bytes are noise")
+        file.seek(_LENGTH_BYTES)
+        raw = file.read(length)
+    if len(raw) < length:
+        raise _truncated(path, declared=_LENGTH_BYTES + length, size=size)
+    try:
+        entries = json.loads(raw)
+    except ValueError as error:
+        raise BadFileError(
+            f"{path.name} has a damaged safetensors header", "download it again"
+        ) from error
+    metadata = entries.pop("__metadata__", None) or {}
+    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if (declared := _LENGTH_BYTES + length + end) != size:
+        raise _truncated(path, declared=declared, size=size)
+    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    return Header(path=path, shapes=shapes, metadata=metadata)
+
+
+def _truncated(path: Path, *, declared: int, size: int) -> BadFileError:
+    state = "is truncated" if size < declared else "has bytes after its end"
+    return BadFileError(
+        f"{path.name} {state}: its header declares {declared:,} bytes, the file has {size:,}",
+        "download it again",
+    )
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    """Raise for the formats that are found under the name of a weight file."""
+    # Text follows only where a safetensors file has eight bytes of length, so look at all of them.
+    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        raise BadFileError(
+            f"{path.name} is a web page (HTML), not weights",
+            "the download asked for a login or hit an error page: download it again",
+        )
+    if text.startswith(b"version https://git-lfs"):
+        raise BadFileError(f"{path.name} is a Git LFS pointer, not weights", "run `git lfs pull`")
+    if text.startswith(b'{"'):
+        raise BadFileError(f"{path.name} is a JSON file, not weights")
+    # A zip is what torch.save writes; older versions wrote a bare pickle of protocol 2 or later.
+    is_pickle = start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
+    if is_pickle and start[8:9] != b"{":
+        named = "a pickle named .safetensors" if path.suffix == ".safetensors" else "a pickle"
+        raise BadFileError(
+            f"{path.name} is {named}: loading it could run any code, so it is never unpickled",
+            "convert it to .safetensors",
+        )

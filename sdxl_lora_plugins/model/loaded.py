@@ -1,0 +1,236 @@
+"""SDXL, ready to predict: what the training loop and the networks see of the base model."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from sdxl_lora_plugins.model import configs, names, text
+from sdxl_lora_plugins.model.hashes import full_hash, short_hash
+from sdxl_train import NoiseSchedule, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import Tensor
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    from sdxl_train import PredictionType
+
+UNET_GROUP: Final = "unet"
+TEXT_GROUP: Final = "textencoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """The networks of SDXL, and the tokenizers of its text encoders."""
+
+    unet: UNet2DConditionModel
+    te1: CLIPTextModel
+    te2: CLIPTextModelWithProjection
+    vae: AutoencoderKL
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where the weights came from, for the record.
+
+    Attributes:
+        model: The base model's file, if it is one.
+        model_name: Its file name, folder name or hub id.
+        vae: The file of a replacement VAE, if it is one.
+        vae_name: Its name likewise; None if the base model's own VAE is used.
+    """
+
+    model: Path | None
+    model_name: str
+    vae: Path | None = None
+    vae_name: str | None = None
+
+
+class LoadedSdxl:
+    """An SDXL base model in memory; implements ``sdxl_train.LoadedModel``.
+
+    Args:
+        modules: The networks, frozen.
+        rates: Learning rate by part (``unet``, ``te1``, ``te2``) for those that are adapted; None
+            stands for the optimizer's.
+        prediction_type: What the U-Net predicts.
+        num_chunks: Chunks of 75 tokens that a caption may fill.
+        latent_scaling: Factor from the VAE's latents to the U-Net's.
+        origins: Where the weights came from.
+        device: Where the networks are.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        *,
+        rates: Mapping[str, float | None],
+        prediction_type: PredictionType,
+        num_chunks: int,
+        latent_scaling: float,
+        origins: Origins,
+        device: torch.device,
+    ) -> None:
+        self.denoiser: nn.Module = modules.unet
+        self.text_encoders: tuple[nn.Module, ...] = (modules.te1, modules.te2)
+        self.schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type).to(device)
+        self.latent_scale = 2 ** (len(modules.vae.config["block_out_channels"]) - 1)
+        self.latent_scaling = latent_scaling
+        self.tokenizers = modules.tokenizers
+        self.vae: AutoencoderKL | None = modules.vae
+        self._num_chunks = num_chunks
+        self._device = device
+        self._dtype: torch.dtype = modules.unet.dtype
+        self._origins = origins
+        parts = _parts(modules, rates)
+        self.parts = tuple(part for part in parts if part.name in rates)
+        self.frozen_parts = tuple(part for part in parts if part.name not in rates)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""
+        assert self.vae is not None, "the image encoder was released"
+        posterior = self.vae.encode(images.to(self._device, self.vae.dtype)).latent_dist
+        latents: Tensor = posterior.mode().float()
+        return latents * self.latent_scaling
+
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Encode captions.
+
+        Gradients flow if the caller lets them; nothing here turns them off.
+
+        Returns:
+            ``context`` [B, 75 n + 2, width of both encoders] and ``pooled`` [B, pooled width].
+        """
+        assert self.text_encoders, "the text encoders were released"
+        states, pooled = [], None
+        for encoder, tokenizer, padding in zip(
+            self.text_encoders, self.tokenizers, text.PADDING, strict=True
+        ):
+            ids = text.tokenize(tokenizer, captions, num_chunks=self._num_chunks, padding=padding)
+            hidden, pooled = text.encode(encoder, ids.to(self._device))
+            states.append(hidden)
+        assert pooled is not None
+        return {"context": torch.cat(states, dim=-1), "pooled": pooled}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""
+        dtype = self._dtype
+        # Pixel sizes stay integers until the embedding: bf16 knows no 1023.
+        sizes = [condition[key] for key in ("original_size", "crop_top_left", "target_size")]
+        added = {
+            "text_embeds": condition["pooled"].to(dtype),
+            "time_ids": torch.cat(sizes, dim=1).to(noisy.device),
+        }
+        prediction: Tensor = self.denoiser(
+            noisy.to(dtype),
+            timesteps,
+            encoder_hidden_states=condition["context"].to(dtype),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Give what :meth:`predict` should return."""
+        return self.schedule.target(latents, noise, timesteps)
+
+    def release_image_encoder(self) -> None:
+        """Free the VAE."""
+        self.vae = None
+        _free_memory()
+
+    def release_text_encoders(self) -> None:
+        """Free the text encoders, which must not be adapted."""
+        assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
+        self.text_encoders = ()
+        self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
+        _free_memory()
+
+    def metadata(self) -> dict[str, str]:
+        """Describe the base model under the names of sd-scripts and of the ModelSpec standard."""
+        is_v = self.schedule.prediction_type == "v_prediction"
+        return {
+            "ss_base_model_version": "sdxl_base_v1-0",
+            "ss_v2": "False",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+            "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+            "modelspec.prediction_type": "v" if is_v else "epsilon",
+            **self._origin_metadata,
+        }
+
+    @cached_property
+    def _origin_metadata(self) -> dict[str, str]:
+        """Names and hashes of files; reads each file once, when first asked for."""
+        origins = self._origins
+        entries = {"ss_sd_model_name": origins.model_name}
+        if origins.model is not None:
+            entries["ss_sd_model_hash"] = short_hash(origins.model)
+            entries["ss_new_sd_model_hash"] = full_hash(origins.model)
+        if origins.vae_name is not None:
+            entries["ss_vae_name"] = origins.vae_name
+        if origins.vae is not None:
+            entries["ss_vae_hash"] = short_hash(origins.vae)
+            entries["ss_new_vae_hash"] = full_hash(origins.vae)
+        return entries
+
+
+def _parts(modules: Modules, rates: Mapping[str, float | None]) -> tuple[Part, ...]:
+    """Describe every part that a network could adapt."""
+    blocks = configs.layout_of(modules.unet.config).blocks()
+    return (
+        Part(
+            name="unet",
+            title="U-Net",
+            group=UNET_GROUP,
+            prefix="lora_unet",
+            module=modules.unet,
+            lr=rates.get("unet"),
+            file_names={
+                path: _underscored(names.unet_to_sgm(path, blocks))
+                for path in _layers(modules.unet)
+            },
+        ),
+        _text_part("te1", "text encoder 1 (CLIP ViT-L/14)", modules.te1, rates),
+        _text_part("te2", "text encoder 2 (OpenCLIP ViT-bigG/14)", modules.te2, rates),
+    )
+
+
+def _text_part(
+    name: str, title: str, encoder: nn.Module, rates: Mapping[str, float | None]
+) -> Part:
+    return Part(
+        name=name,
+        title=title,
+        group=TEXT_GROUP,
+        prefix=f"lora_{name}",
+        module=encoder,
+        lr=rates.get(name),
+        file_names={path: _underscored(names.clip_path(path)) for path in _layers(encoder)},
+    )
+
+
+def _layers(module: nn.Module) -> list[str]:
+    """List the paths of the layers that a network can adapt."""
+    kinds = (nn.Linear, nn.Conv2d)
+    return [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
+
+
+def _underscored(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,91 @@
+"""The tokenizers of SDXL's two text encoders.
+
+Both use CLIP's vocabulary. Its table of merges ships with this package, under the MIT licence of
+OpenAI's CLIP (see NOTICE), so that a single-file checkpoint needs no network.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import logging
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Final
+
+from transformers import CLIPTokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+_TABLE: Final = "bpe_simple_vocab_16e6.txt.gz"
+_NUM_TOKENS: Final = 49408
+_BOS, _EOS = "<|startoftext|>", "<|endoftext|>"
+_END_OF_WORD = "</w>"
+_PADDING: Final = (_EOS, "!")
+"""What fills each encoder's texts up; ``!`` without the end of a word is token 0."""
+_SUBFOLDERS: Final = ("tokenizer", "tokenizer_2")
+_CACHE_NAMES: Final = (
+    "openai_clip-vit-large-patch14",
+    "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
+)
+"""Subfolders of a tokenizer cache: the encoders' hub ids with ``/`` as ``_``."""
+
+
+def load_tokenizers(
+    folder: Path | None, cache_dir: Path | None
+) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """Load the tokenizers of both encoders.
+
+    Args:
+        folder: A diffusers folder; its tokenizers are taken where it has them.
+        cache_dir: Where to look next. What is not there is written there.
+    """
+    first, second = (_load(encoder, folder, cache_dir) for encoder in range(2))
+    return first, second
+
+
+def clip_tokenizer(padding: str = _EOS) -> CLIPTokenizer:
+    """Build CLIP's tokenizer from the table that ships with this package."""
+    raw = resources.files(__name__).joinpath(_TABLE).read_bytes()
+    # The first line names the version. The table goes on after the merges that CLIP uses.
+    lines = gzip.decompress(raw).decode("utf-8").splitlines()[1:]
+    letters = _byte_letters()
+    num_merges = _NUM_TOKENS - 2 * len(letters) - 2
+    merges = [(left, right) for left, right in map(str.split, lines[:num_merges])]
+    tokens = itertools.chain(
+        letters,
+        (letter + _END_OF_WORD for letter in letters),
+        (left + right for left, right in merges),
+        (_BOS, _EOS),
+    )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    arguments: dict[str, Any] = {"vocab": vocabulary, "merges": merges, "pad_token": padding}
+    return CLIPTokenizer(**arguments, model_max_length=77)
+
+
+def _load(encoder: int, folder: Path | None, cache_dir: Path | None) -> CLIPTokenizer:
+    if folder is not None and (own := folder / _SUBFOLDERS[encoder]).is_dir():
+        if cache_dir is not None:
+            _log.warning("--tokenizer_cache_dir is not used: the model brings %s", own.name)
+        return CLIPTokenizer.from_pretrained(own, local_files_only=True)
+    if cache_dir is None:
+        return clip_tokenizer(_PADDING[encoder])
+    cached = cache_dir / _CACHE_NAMES[encoder]
+    if cached.is_dir():
+        return CLIPTokenizer.from_pretrained(cached, local_files_only=True)
+    tokenizer = clip_tokenizer(_PADDING[encoder])
+    tokenizer.save_pretrained(cached)
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """Give the letter of each byte value, in the order of the vocabulary.
+
+    Byte-level BPE (Radford et al. 2019, section 2.2) writes every byte as a visible letter: the
+    printable ones of Latin-1 as themselves, and first, the others as letters from U+0100 on.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    num_others = 256 - len(printable)
+    return [chr(code) for code in (*printable, *range(0x100, 0x100 + num_others))]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from sdxl_train.api import plan, train
+    from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.components import (
         Adapter,
         Command,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
     from sdxl_train.hookspecs import hookimpl
     from sdxl_train.loop import StepResult
-    from sdxl_train.run import Checkpoint, Run
+    from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
 
 _HOMES = {
@@ -51,7 +52,7 @@ _HOMES = {
     "RunConfig": "sdxl_train.config",
     "hookimpl": "sdxl_train.hookspecs",
     "StepResult": "sdxl_train.loop",
-    "Checkpoint": "sdxl_train.run",
+    "Checkpoint": "sdxl_train.checkpoint",
     "Run": "sdxl_train.run",
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",

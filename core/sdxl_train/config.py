@@ -8,7 +8,7 @@ What nothing consumes is a mistake.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import Field
@@ -297,19 +297,17 @@ class Resolver:
         entries = []
         for kind in SINGLE_KINDS:
             name = getattr(choices, kind.selector)
-            if name:
-                entry = self._find(kind, name)
-            else:
-                entry = self.registry.default(kind)
-                if entry is None:
-                    self.problems.append(
-                        Problem(
-                            place=f"--{kind.selector}",
-                            message=f"is required: no enabled plugin has a default {kind.name}",
-                        )
-                    )
+            # A wrong name is a problem by now; the default lets the other checks go on.
+            entry = (self._find(kind, name) if name else None) or self.registry.default(kind)
             if entry is not None:
                 entries.append(entry)
+            elif not name:
+                self.problems.append(
+                    Problem(
+                        place=f"--{kind.selector}",
+                        message=f"is required: no enabled plugin has a default {kind.name}",
+                    )
+                )
         return entries
 
     def _stacked_entries(self, choices: ComponentOptions) -> list[Entry]:

@@ -92,9 +92,9 @@ class SaveSchedule:
         if self.every_n_steps and step % self.every_n_steps == 0:
             points.append(SavePoint(kind="step", number=step))
         epoch, rest = divmod(step, self.counts.steps_per_epoch)
-        if self.every_n_epochs and rest == 0 and epoch < self.counts.epochs:
-            if epoch % self.every_n_epochs == 0:
-                points.append(SavePoint(kind="epoch", number=epoch))
+        ends_epoch = rest == 0 and epoch < self.counts.epochs
+        if self.every_n_epochs and ends_epoch and epoch % self.every_n_epochs == 0:
+            points.append(SavePoint(kind="epoch", number=epoch))
         if step == self.counts.total:
             points.append(SavePoint(kind="final", number=step))
         return points

@@ -14,6 +14,7 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.components import (
         Command,
         Loss,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         Weighting,
     )
     from sdxl_train.loop import StepResult
-    from sdxl_train.run import Checkpoint, Run
+    from sdxl_train.run import Run
 
 PROJECT = "sdxl_train"
 """Name of the pluggy project and of the entry-point group."""

@@ -106,9 +106,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         loss, grad_norm = torch.stack(losses).mean(), step.clip()
         keys = tuple(key for batch in group.batches for key in batch.keys)
         _require_finite(loss, grad_norm, number, keys, step)
-        learning_rates = {
-            group["name"]: float(group["lr"]) for group in step.optimizer.param_groups
-        }
+        rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
         step.optimizer.step()
         step.scheduler.step()
         step.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +115,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
             epoch=group.epoch,
             loss=loss,
             grad_norm=grad_norm,
-            learning_rates=learning_rates,
+            learning_rates=rates,
             keys=keys,
         )
 

@@ -10,6 +10,8 @@ from sdxl_train.assembly import WEIGHT_DTYPES, assemble
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from sdxl_train.assembly import Assembly, ModuleCount
     from sdxl_train.preflight import Prepared
 
@@ -81,7 +83,7 @@ def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
     width = WEIGHT_DTYPES[prepared.config.training.mixed_precision].itemsize
     trained = {id(parameter) for parameter in assembly.parameters}
 
-    def frozen(module: Any) -> int:
+    def frozen(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if id(p) not in trained) * width
 
     network = sum(parameter.numel() for parameter in assembly.parameters) * 4

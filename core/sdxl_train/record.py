@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    import torch
+
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
 
@@ -45,6 +47,7 @@ class RunRecord:
         seed: The seed in use, drawn if the user gave none.
         session: Random number that tells two runs apart.
         started: Unix time.
+        optimizer: The optimizer's class and arguments, as sd-scripts records it.
         described: Metadata from the model, the network and the data.
     """
 
@@ -53,12 +56,14 @@ class RunRecord:
     seed: int
     session: int
     started: float
+    optimizer: str
     described: Mapping[str, str]
 
     def metadata(self, *, step: int, epoch: int) -> dict[str, str]:
         """Give the header of a network saved at this point."""
         values = {
             **{name: str(value) for name, value in self._training().items()},
+            **self._network_args(),
             **self.described,
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
@@ -75,11 +80,8 @@ class RunRecord:
     def _training(self) -> dict[str, Any]:
         """Give the options in use under sd-scripts' names; what a run lacks reads ``None``."""
         config, counts = self.config, self.counts
-        used = {
-            key.removeprefix("network_args."): item["value"]
-            for key, item in config.options().items()
-        }
-        recorded = {f"ss_{name}": used.get(name) for name in _RECORDED_OPTIONS}
+        used = {name: item["value"] for name, item in config.options().items()}
+        recorded = {f"ss_{name}": used.get(name, idle) for name, idle in _RECORDED_OPTIONS.items()}
         return recorded | {
             "ss_session_id": self.session,
             "ss_training_started_at": self.started,
@@ -89,13 +91,22 @@ class RunRecord:
             "ss_num_epochs": counts.epochs,
             "ss_max_train_steps": counts.total,
             "ss_lr_warmup_steps": counts.warmup,
-            "ss_optimizer": config.name_of("optimizer"),
+            "ss_optimizer": self.optimizer,
             "ss_network_module": config.name_of("network"),
             "ss_loss_type": config.name_of("loss"),
             "ss_lr_scheduler": config.name_of("scheduler"),
             "ss_training_comment": config.output.training_comment,
             "ss_sd_scripts_commit_hash": f"sdxl-train {__version__}",
         }
+
+    def _network_args(self) -> dict[str, str]:
+        """Give the arguments of ``--network_args`` that were given, as JSON of strings."""
+        given = {
+            name.removeprefix("network_args."): str(setting.value)
+            for name, setting in self.config.settings.items()
+            if name.startswith("network_args.")
+        }
+        return {"ss_network_args": json.dumps(given)} if given else {}
 
     def _modelspec(self) -> dict[str, str]:
         """Give the part of the Stability model specification that is not the model's to say."""
@@ -137,51 +148,63 @@ class RunRecord:
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
-_RECORDED_OPTIONS = (
-    "learning_rate",
-    "text_encoder_lr",
-    "unet_lr",
-    "gradient_checkpointing",
-    "gradient_accumulation_steps",
-    "network_dim",
-    "network_alpha",
-    "network_dropout",
-    "mixed_precision",
-    "full_fp16",
-    "clip_skip",
-    "max_token_length",
-    "cache_latents",
-    "lowram",
-    "noise_offset",
-    "multires_noise_iterations",
-    "multires_noise_discount",
-    "adaptive_noise_scale",
-    "zero_terminal_snr",
-    "max_grad_norm",
-    "caption_dropout_rate",
-    "caption_dropout_every_n_epochs",
-    "caption_tag_dropout_rate",
-    "face_crop_aug_range",
-    "prior_loss_weight",
-    "min_snr_gamma",
-    "scale_weight_norms",
-    "ip_noise_gamma",
-    "debiased_estimation",
-    "noise_offset_random_strength",
-    "ip_noise_gamma_random_strength",
-    "huber_schedule",
-    "huber_scale",
-    "huber_c",
-    "fp8_base",
-    "fp8_base_unet",
-    "validation_seed",
-    "validation_split",
-    "max_validation_steps",
-    "validate_every_n_epochs",
-    "validate_every_n_steps",
-    "resize_interpolation",
-)
-"""Options that sd-scripts records, each as ``ss_`` and its name."""
+_RECORDED_OPTIONS: dict[str, object] = {
+    "learning_rate": None,
+    "text_encoder_lr": None,
+    "unet_lr": None,
+    "gradient_checkpointing": False,
+    "gradient_accumulation_steps": None,
+    "network_dim": None,
+    "network_alpha": None,
+    "network_dropout": None,
+    "mixed_precision": None,
+    "full_fp16": False,
+    "clip_skip": None,
+    "max_token_length": None,
+    "cache_latents": False,
+    "lowram": False,
+    "noise_offset": None,
+    "multires_noise_iterations": None,
+    "multires_noise_discount": None,
+    "adaptive_noise_scale": None,
+    "zero_terminal_snr": False,
+    "max_grad_norm": None,
+    "caption_dropout_rate": None,
+    "caption_dropout_every_n_epochs": None,
+    "caption_tag_dropout_rate": None,
+    "face_crop_aug_range": None,
+    "prior_loss_weight": None,
+    "min_snr_gamma": None,
+    "scale_weight_norms": None,
+    "ip_noise_gamma": None,
+    "debiased_estimation": False,
+    "noise_offset_random_strength": False,
+    "ip_noise_gamma_random_strength": False,
+    "huber_schedule": None,
+    "huber_scale": None,
+    "huber_c": None,
+    "fp8_base": False,
+    "fp8_base_unet": False,
+    "validation_seed": None,
+    "validation_split": None,
+    "max_validation_steps": None,
+    "validate_every_n_epochs": None,
+    "validate_every_n_steps": None,
+    "resize_interpolation": None,
+}
+"""Options that sd-scripts records as ``ss_`` and their name, with what a run without them reads."""
+
+
+def describe_optimizer(optimizer: torch.optim.Optimizer, config: RunConfig) -> str:
+    """Name an optimizer as sd-scripts does: ``module.Class(weight_decay=0.1)``."""
+    given = [
+        f"{name.removeprefix('optimizer_args.')}={setting.value}"
+        for name, setting in config.settings.items()
+        if name.startswith("optimizer_args.")
+    ]
+    kind = type(optimizer)
+    arguments = f"({','.join(given)})" if given else ""
+    return f"{kind.__module__}.{kind.__qualname__}{arguments}"
 
 
 def _version(package: str) -> str | None:

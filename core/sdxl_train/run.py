@@ -9,7 +9,6 @@ import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +24,13 @@ from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.events import Events
 from sdxl_train.loop import Step, StepBatches, StepResult, train
-from sdxl_train.record import RunRecord
+from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.signals import StopSignals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -199,12 +199,18 @@ class Trainer:
             seed=prepared.seed,
             session=derive_seed(time.time_ns(), "session") % 2**32,
             started=time.time(),
+            optimizer=describe_optimizer(self.optimizer.optimizer, self.config),
             described={
+                "modelspec.resolution": "{}x{}".format(*self._largest_resolution()),
                 **dataset_metadata(prepared.scan, self.config.dataset),
                 **self.model.metadata(),
                 **self.assembly.adapter.metadata(),
             },
         )
+
+    def _largest_resolution(self) -> tuple[int, int]:
+        resolutions = [dataset.config.resolution for dataset in self.prepared.scan.datasets]
+        return max(resolutions, key=lambda size: size[0] * size[1])
 
     def _build_events(self) -> Events:
         host = self.prepared.host

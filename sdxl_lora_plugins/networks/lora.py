@@ -77,7 +77,7 @@ class LoraAdapter:
             for target in self.targets
         }
         for target in self.targets:
-            target.layer.forward = self.layers[target.name].forward  # type: ignore[method-assign]
+            target.layer.forward = self.layers[target.name].forward  # type: ignore[assignment]
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Give one group for each part."""

@@ -1,0 +1,83 @@
+"""What the documents promise, the program does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_train.config import CORE_OPTIONS, Resolver
+from sdxl_train.options import options_of
+from sdxl_train.plugins import PluginHost
+from sdxl_train.registry import Registry
+from sdxl_train.settings import from_words
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def _blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def _known_flags() -> set[str]:
+    host = PluginHost()
+    host.apply([], [])
+    registry = Registry(host)
+    flags = {name for model in CORE_OPTIONS for name in options_of(model)}
+    return flags | {name for entry in registry.all_entries() for name in entry.flags}
+
+
+def test_readme_plugin_acts_in_a_run(tmp_path: Path) -> None:
+    (code,) = _blocks(ROOT / "README.md", "python")
+    plugin = tmp_path / "my_noise.py"
+    plugin.write_text(code, encoding="utf-8")
+    settings, _ = from_words(
+        ["--plugin", str(plugin), "--channel_offset", "0.05", "--output_dir", "out"]
+        + ["--pretrained_model_name_or_path", "base.safetensors"],
+        [],
+    )
+    host = PluginHost()
+
+    resolution = Resolver(settings, host, Registry(host)).resolve()
+
+    assert resolution.problems == []
+    assert resolution.config is not None
+    (noise,) = resolution.config.noises
+    assert noise.model_dump() == {"channel_offset": 0.05}
+
+
+def test_readme_training_command_has_no_mistake_but_its_missing_files(tmp_path: Path) -> None:
+    (block,) = [b for b in _blocks(ROOT / "README.md", "sh") if "--train_data_dir" in b]
+    words = block.replace("\\\n", " ").split()[1:]
+    done = subprocess.run(
+        [sys.executable, "-m", "sdxl_train", *words],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "2 problems" in done.stderr
+    assert "sd_xl_base_1.0.safetensors" in done.stderr
+    assert "images does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_in_the_documents_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    commands = "\n".join(re.findall(r"sdxl-train[^`]*", text))
+    mentioned = set(re.findall(r"--([a-z][a-z0-9_]+)", commands))
+    elsewhere = {"json", "schema", "help", "channel_offset", "check"}
+    assert mentioned - elsewhere - _known_flags() == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)\)", text)
+    missing = [t for t in targets if "://" not in t and not (document.parent / t).exists()]
+    assert missing == []

@@ -1,0 +1,173 @@
+"""The plan of an epoch: which samples make which batch, in which order.
+
+A sample is one of the repeats of an image. Batches hold samples of one dataset and one bucket.
+Everything random about a sample (its place, its mirroring, its caption) depends on the seed, the
+epoch and the sample alone: not on worker processes, caches, or where the run was resumed.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from sdxl_train.data.captions import process_caption
+from sdxl_train.rng import derive_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from sdxl_train.data.buckets import Size
+    from sdxl_train.data.sources import Dataset
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """One of the repeats of an image.
+
+    Attributes:
+        image: Index of the image in its dataset.
+        repeat: Which repeat it is, from 0.
+        flipped: Whether it is mirrored from left to right.
+    """
+
+    image: int
+    repeat: int
+    flipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSpec:
+    """What a batch holds.
+
+    Attributes:
+        dataset: Index of the dataset.
+        bucket: Training size of all its samples.
+        epoch: The epoch, counted from 1.
+        samples: The samples.
+    """
+
+    dataset: int
+    bucket: Size
+    epoch: int
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """The tensors of a batch of B samples.
+
+    Attributes:
+        pixels: fp32 [B, 3, H, W] in [-1, 1]; None if the latents are cached.
+        latents: fp32 [B, C, H/s, W/s], scaled for training; None if they are not cached.
+        captions: The captions to train with.
+        text: What the text encoders make of them, the batch first; None if it is not cached.
+        original_size: int64 [B, 2], (height, width) of the images, upright.
+        crop_top_left: int64 [B, 2], (top, left) of the crop in the resized image.
+        target_size: int64 [B, 2], (height, width) of the bucket.
+        loss_weights: fp32 [B].
+        keys: Short names of the images, for messages.
+    """
+
+    pixels: Tensor | None
+    latents: Tensor | None
+    captions: list[str]
+    text: dict[str, Tensor] | None
+    original_size: Tensor
+    crop_top_left: Tensor
+    target_size: Tensor
+    loss_weights: Tensor
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Give the same batch with its tensors on ``device``."""
+        moved: dict[str, object] = {}
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if name == "text" and value is not None:
+                moved[name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
+            elif value is not None and name not in ("captions", "keys"):
+                moved[name] = value.to(device, non_blocking=True)
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+class BatchPlan:
+    """The batches of every epoch. Each sample occurs exactly once in an epoch."""
+
+    def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
+        self.datasets = datasets
+        self.seed = seed
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Number of batches, the same in each epoch."""
+        return sum(
+            -(-len(samples) // self.datasets[dataset].config.batch_size)
+            for (dataset, _), samples in self._samples().items()
+        )
+
+    def epoch(self, number: int) -> list[BatchSpec]:
+        """Plan one epoch.
+
+        Within a bucket the samples are shuffled and cut into batches, the last one smaller. Then
+        the batches of all buckets and datasets are shuffled.
+
+        Args:
+            number: The epoch, counted from 1.
+        """
+        order = random.Random(derive_seed(self.seed, "order", number))
+        batches = []
+        for (dataset, bucket), samples in self._samples().items():
+            order.shuffle(samples)
+            size = self.datasets[dataset].config.batch_size
+            batches += [
+                BatchSpec(
+                    dataset=dataset,
+                    bucket=bucket,
+                    epoch=number,
+                    samples=tuple(self._flips(dataset, number, samples[start : start + size])),
+                )
+                for start in range(0, len(samples), size)
+            ]
+        order.shuffle(batches)
+        return batches
+
+    def captions(self, spec: BatchSpec) -> list[str]:
+        """Give the captions to train a batch with."""
+        dataset = self.datasets[spec.dataset]
+        return [
+            process_caption(
+                dataset.images[sample.image].caption,
+                dataset.subset_of(dataset.images[sample.image]).captions,
+                self._rng("caption", spec.dataset, spec.epoch, sample),
+                spec.epoch,
+            )
+            for sample in spec.samples
+        ]
+
+    def _samples(self) -> dict[tuple[int, Size], list[Sample]]:
+        groups: dict[tuple[int, Size], list[Sample]] = {}
+        for index, dataset in enumerate(self.datasets):
+            for number, image in enumerate(dataset.images):
+                group = groups.setdefault((index, image.fit.bucket), [])
+                group += [Sample(image=number, repeat=n) for n in range(image.repeats)]
+        return groups
+
+    def _flips(self, index: int, epoch: int, samples: Sequence[Sample]) -> Iterator[Sample]:
+        dataset = self.datasets[index]
+        for sample in samples:
+            if dataset.subset_of(dataset.images[sample.image]).flip_aug:
+                flipped = self._rng("flip", index, epoch, sample).random() < 0.5
+                yield replace(sample, flipped=flipped)
+            else:
+                yield sample
+
+    def _rng(self, purpose: str, dataset: int, epoch: int, sample: Sample) -> random.Random:
+        seed = derive_seed(self.seed, purpose, epoch, dataset, sample.image, sample.repeat)
+        return random.Random(seed)

@@ -1,0 +1,310 @@
+"""What the user asked to train on, resolved: datasets and subsets with every value and its origin.
+
+The datasets come from a dataset file, or from the ``N_name`` folders of ``train_data_dir`` and
+``reg_data_dir``. Each value is that of the subset, the dataset, ``[general]``, the command line or
+the default, whichever is set first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sdxl_train.data.buckets import BucketOptions, Size
+from sdxl_train.data.captions import CaptionOptions
+from sdxl_train.data.dataset_file import CALLED_HERE, read_dataset_file
+from sdxl_train.data.dataset_options import DatasetOptions
+from sdxl_train.data.folders import expanded, file_problem, find_folders, folder_problem
+from sdxl_train.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pydantic import BaseModel
+
+    from sdxl_train.data.dataset_file import KeyPlaces, SubsetTable
+    from sdxl_train.toml_files import KeyPath
+
+__all__ = ["DEFAULT", "DatasetConfig", "DatasetOptions", "SubsetConfig", "resolve_datasets"]
+
+OptionsT = TypeVar("OptionsT", BucketOptions, CaptionOptions)
+
+DEFAULT = "default"
+"""The origin of a value that nobody set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetConfig:
+    """One folder of images and what is done to them.
+
+    Attributes:
+        place: Where the subset is defined, for messages.
+        image_dir: The folder; only files directly in it count.
+        num_repeats: Times that each image is trained in an epoch.
+        is_reg: Whether these are regularization images.
+        class_tokens: Caption of the images that have none.
+        caption_extensions: Endings of caption files; the first one that exists is read.
+        captions: What is done to captions.
+        flip_aug: Whether half of the samples are mirrored.
+        origins: Where each value comes from, by option name.
+    """
+
+    place: str
+    image_dir: Path
+    num_repeats: int
+    is_reg: bool
+    class_tokens: str | None
+    caption_extensions: tuple[str, ...]
+    captions: CaptionOptions
+    flip_aug: bool
+    origins: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Subsets that are trained at one resolution and batch size.
+
+    Attributes:
+        place: Where the dataset is defined, for messages.
+        subsets: Its folders, in the order given.
+        batch_size: Images in a batch.
+        resolution: Training size.
+        buckets: How training sizes are found.
+        origins: Where each value comes from, by option name.
+    """
+
+    place: str
+    subsets: tuple[SubsetConfig, ...]
+    batch_size: int
+    resolution: Size
+    buckets: BucketOptions
+    origins: Mapping[str, str]
+
+
+def resolve_datasets(
+    options: DatasetOptions, place: Callable[[str], str]
+) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
+    """Find out what to train on.
+
+    Args:
+        options: The options of the run. Those that the user gave must be set, the others not: the
+            set ones (``model_fields_set``) have an origin, and some warnings depend on it.
+        place: Gives the place of an option by its name, such as ``--resolution``.
+
+    Returns:
+        The datasets, everything that is wrong, and warnings. No image is looked at yet.
+    """
+    folders = [
+        name for name in ("train_data_dir", "reg_data_dir") if getattr(options, name) is not None
+    ]
+    if options.dataset_config is not None and folders:
+        both = Problem(
+            place=place("dataset_config"),
+            message=f"given together with {' and '.join(place(name) for name in folders)}",
+            remedy="name the images in one way only",
+        )
+        return [], [both], []
+    if options.dataset_config is not None:
+        return _from_file(options.dataset_config, options, place)
+    if folders:
+        return _from_folders(options, place)
+    nothing = Problem(
+        place=place("train_data_dir"),
+        message="no images to train on are named",
+        remedy="give --train_data_dir (a folder of N_name folders) or --dataset_config",
+    )
+    return [], [nothing], []
+
+
+def _from_file(
+    path: Path, options: DatasetOptions, place: Callable[[str], str]
+) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
+    path = expanded(path)
+    problem = file_problem(path, place("dataset_config"))
+    if problem:
+        return [], [problem], []
+    try:
+        file, places = read_dataset_file(path)
+    except UserError as error:
+        return [], list(error.problems), []
+    resolver = _Resolver(options, place, path.parent)
+    general = _Layer(file.general, lambda name: places.of(("general", name)))
+    for number, table in enumerate(file.datasets):
+        origins = partial(_key_place, places, ("datasets", number))
+        subsets = [
+            _Layer(subset, partial(_key_place, places, ("datasets", number, "subsets", index)))
+            for index, subset in enumerate(table.subsets)
+        ]
+        resolver.add(subsets, [_Layer(table, origins), general], places.of(("datasets", number)))
+    return resolver.datasets, resolver.problems, []
+
+
+def _from_folders(
+    options: DatasetOptions, place: Callable[[str], str]
+) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
+    found = find_folders(options.train_data_dir, is_reg=False, place=place("train_data_dir"))
+    regularization = find_folders(options.reg_data_dir, is_reg=True, place=place("reg_data_dir"))
+    problems = [*found.problems, *regularization.problems]
+    warnings = [*found.warnings, *regularization.warnings]
+    if options.train_data_dir is None:
+        problems.append(
+            Problem(
+                place=place("reg_data_dir"),
+                message="regularization images only, and nothing to train",
+                remedy="give --train_data_dir too",
+            )
+        )
+    tables = [*found.subsets, *regularization.subsets]
+    if "dataset_repeats" in options.model_fields_set and all(t.num_repeats for t in tables):
+        warnings.append(f"{place('dataset_repeats')}: no effect, every folder's name says its own")
+    resolver = _Resolver(options, place, Path())
+    layers = [_Layer(table, partial(_folder_name, table)) for table in tables]
+    if not problems:
+        resolver.add(layers, [], place("train_data_dir"))
+    return resolver.datasets, [*problems, *resolver.problems], warnings
+
+
+def _key_place(places: KeyPlaces, table: KeyPath, name: str) -> str:
+    return places.of((*table, name) if name else table)
+
+
+def _folder_name(table: SubsetTable, name: str) -> str:
+    folder = Path(table.image_dir)
+    return f"the name of folder {folder.name}" if name else str(folder)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A table that may set an option, and the place of each of its keys (of itself for "")."""
+
+    table: BaseModel
+    place: Callable[[str], str]
+
+
+class _Values:
+    """The values of options, from the innermost table outwards, and the origin of each."""
+
+    def __init__(
+        self, layers: Sequence[_Layer], options: DatasetOptions, place: Callable[[str], str]
+    ) -> None:
+        self.layers = layers
+        self.options = options
+        self.place = place
+        self.origins: dict[str, str] = {}
+
+    def get(self, name: str) -> Any:
+        """Look up one option; None if neither anybody set it nor it has a default."""
+        for layer in self.layers:
+            value = getattr(layer.table, name, None)
+            if value is not None:
+                self.origins[name] = layer.place(name)
+                return value
+        option = _ON_COMMAND_LINE.get(name, name)
+        is_set = option in self.options.model_fields_set
+        self.origins[name] = self.place(option) if is_set else DEFAULT
+        return getattr(self.options, option, None)
+
+    def fill(self, model: type[OptionsT]) -> OptionsT:
+        """Look up every field of a dataclass of options; None leaves the field's own default."""
+        values = {field.name: self.get(field.name) for field in fields(model)}
+        return model(**{name: value for name, value in values.items() if value is not None})
+
+
+_ON_COMMAND_LINE = {name: option for option, name in CALLED_HERE.items()}
+
+
+class _Resolver:
+    """Turns tables into configurations, collecting mistakes."""
+
+    def __init__(self, options: DatasetOptions, place: Callable[[str], str], base: Path) -> None:
+        self.options = options
+        self.place = place
+        self.base = base
+        self.datasets: list[DatasetConfig] = []
+        self.problems: list[Problem] = []
+
+    def add(self, subsets: Sequence[_Layer], outer: Sequence[_Layer], where: str) -> None:
+        """Resolve one dataset."""
+        configs = [self._subset(layer, outer) for layer in subsets]
+        values = _Values(outer, self.options, self.place)
+        resolution = values.get("resolution")
+        if resolution is None:
+            self.problems.append(
+                Problem(
+                    place=self.place("resolution"),
+                    message="is required: no training size is given"
+                    + (f" for {where}" if outer else ""),
+                    remedy="for SDXL, --resolution 1024",
+                )
+            )
+            return
+        batch_size, buckets = values.get("batch_size"), values.fill(BucketOptions)
+        self.datasets.append(
+            DatasetConfig(
+                place=where,
+                subsets=tuple(configs),
+                batch_size=batch_size,
+                resolution=resolution,
+                buckets=buckets,
+                origins=values.origins,
+            )
+        )
+
+    def _subset(self, layer: _Layer, outer: Sequence[_Layer]) -> SubsetConfig:
+        values = _Values([layer, *outer], self.options, self.place)
+        folder = self._folder(values.get("image_dir"), layer.place("image_dir"))
+        extension, repeats = values.get("caption_extension"), values.get("num_repeats")
+        if repeats == 0:
+            self.problems.append(
+                Problem(
+                    place=values.origins["num_repeats"],
+                    message=f"is 0, so nothing of {folder} would be trained",
+                    remedy="set num_repeats of the subset to 1 or more, or leave the subset out",
+                )
+            )
+        is_default = values.origins["caption_extension"] == DEFAULT
+        subset = SubsetConfig(
+            place=layer.place(""),
+            image_dir=folder,
+            num_repeats=repeats,
+            is_reg=bool(values.get("is_reg")),
+            class_tokens=values.get("class_tokens"),
+            caption_extensions=(extension, ".txt") if is_default else (extension,),
+            captions=values.fill(CaptionOptions),
+            flip_aug=values.get("flip_aug"),
+            origins=values.origins,
+        )
+        if self.options.cache_text_encoder_outputs:
+            self.problems += _text_cache_problems(subset, self.place)
+        return subset
+
+    def _folder(self, text: str, where: str) -> Path:
+        given = expanded(Path(text))
+        beside = self.base / given
+        folder = given if given.exists() or not beside.exists() else beside
+        problem = folder_problem(folder, where)
+        if problem:
+            self.problems.append(problem)
+        return folder
+
+
+def _text_cache_problems(subset: SubsetConfig, place: Callable[[str], str]) -> list[Problem]:
+    """Refuse to cache the text of captions whose tags change each time."""
+    captions = subset.captions
+    changing = {
+        "shuffle_caption": captions.shuffle_caption,
+        "caption_tag_dropout_rate": captions.caption_tag_dropout_rate > 0,
+    }
+    return [
+        Problem(
+            place=subset.origins[name],
+            message=f"{name} of {subset.image_dir} would be frozen by "
+            f"{place('cache_text_encoder_outputs')}",
+            remedy=f"leave out {name} or cache_text_encoder_outputs "
+            "(caption_dropout_rate may stay)",
+        )
+        for name, changes in changing.items()
+        if changes
+    ]

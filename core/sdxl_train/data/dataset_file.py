@@ -1,0 +1,222 @@
+"""The dataset file: ``[general]``, ``[[datasets]]`` and ``[[datasets.subsets]]``, in TOML or JSON.
+
+The keys are those of sd-scripts. A key that is not set here is looked up further out: subset,
+dataset, general, then the command line (:mod:`.dataset_config`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from sdxl_train.data.dataset_options import (
+    Count,
+    DatasetOptions,
+    Extension,
+    Positive,
+    Resolution,
+    Separator,
+    Share,
+)
+from sdxl_train.errors import Problem, UserError
+from sdxl_train.options import describe, suggestion
+from sdxl_train.toml_files import KeyPath, read_toml
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+class SubsetDefaults(BaseModel):
+    """Keys of a subset that a dataset, or ``[general]``, may set for all of its subsets."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    num_repeats: Positive | None = None
+    caption_extension: Extension | None = None
+    class_tokens: str | None = None
+    shuffle_caption: bool | None = None
+    caption_separator: Separator | None = None
+    keep_tokens: Count | None = None
+    keep_tokens_separator: str | None = None
+    caption_prefix: str | None = None
+    caption_suffix: str | None = None
+    caption_dropout_rate: Share | None = None
+    caption_dropout_every_n_epochs: Count | None = None
+    caption_tag_dropout_rate: Share | None = None
+    flip_aug: bool | None = None
+
+
+class SubsetTable(SubsetDefaults):
+    """One folder of images: ``[[datasets.subsets]]``."""
+
+    image_dir: str = Field(min_length=1)
+    is_reg: bool | None = None
+
+
+class DatasetDefaults(SubsetDefaults):
+    """What ``[general]`` may set for all datasets."""
+
+    batch_size: Positive | None = None
+    resolution: Resolution | None = None
+    enable_bucket: bool | None = None
+    min_bucket_reso: Positive | None = None
+    max_bucket_reso: Positive | None = None
+    bucket_reso_steps: Positive | None = None
+    bucket_no_upscale: bool | None = None
+
+
+class DatasetTable(DatasetDefaults):
+    """Subsets that share a resolution and a batch size: ``[[datasets]]``."""
+
+    subsets: list[SubsetTable] = Field(min_length=1)
+
+
+class DatasetFile(BaseModel):
+    """A whole dataset file."""
+
+    model_config = SubsetDefaults.model_config
+
+    general: DatasetDefaults = DatasetDefaults()
+    datasets: list[DatasetTable] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """Where the keys of a file stand."""
+
+    path: Path
+    lines: Mapping[KeyPath, int]
+
+    def of(self, key: KeyPath) -> str:
+        """Name a key: ``data.toml:7: datasets[0].subsets[1].num_repeats``.
+
+        Without the line where it is not known; a missing key gets the line of its table.
+        """
+        line = self.lines.get(key) or self.lines.get(key[:-1])
+        place = f"{self.path}:{line}" if line else str(self.path)
+        return f"{place}: {_dotted(key)}" if key else place
+
+
+CALLED_HERE = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
+"""Options of the command line that have another name in the file."""
+
+_LEVELS: tuple[tuple[str, type[BaseModel]], ...] = (
+    ("[[datasets.subsets]]", SubsetTable),
+    ("[[datasets]]", DatasetTable),
+    ("[general]", DatasetDefaults),
+)
+
+
+def read_dataset_file(path: Path) -> tuple[DatasetFile, KeyPlaces]:
+    """Read and check a dataset file.
+
+    Raises:
+        UserError: With every mistake in it.
+    """
+    document, lines = _read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    places = KeyPlaces(path, lines)
+    try:
+        return DatasetFile.model_validate(document), places
+    except ValidationError as error:
+        raise UserError(
+            _problem(detail["loc"], detail["type"], detail.get("input"), detail, places)
+            for detail in error.errors()
+        ) from None
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates), {}
+    except OSError as error:
+        raise UserError.of(str(path), f"cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise UserError.of(place, error.msg, "correct this line") from None
+    except UnicodeDecodeError as error:
+        raise UserError.of(str(path), f"is not UTF-8 ({error})", "save it as UTF-8") from None
+    except _DuplicateKeyError as error:
+        raise UserError.of(str(path), f"key {error} occurs twice", "remove one") from None
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return table
+
+
+def _problem(
+    loc: tuple[int | str, ...], kind: str, value: object, detail: Any, places: KeyPlaces
+) -> Problem:
+    """Put one complaint of pydantic into words."""
+    place = places.of(loc)
+    match kind:
+        case "extra_forbidden":
+            message, remedy = _unknown_key(loc)
+        case "missing" if loc == ("datasets",):
+            message, remedy = "has no datasets", "add [[datasets]] and [[datasets.subsets]]"
+        case "missing" if loc[-1] == "subsets":
+            message, remedy = "has no subsets", "add [[datasets.subsets]] with an image_dir"
+        case "missing":
+            message, remedy = "is required", f"set {loc[-1]}"
+        case "too_short":
+            message, remedy = "is empty", f"add an entry to [[{_table_name(loc)}]]"
+        case "list_type" if loc[-1] in ("datasets", "subsets"):
+            message = "must be a list of tables"
+            remedy = f"write [[{_table_name(loc)}]] with two brackets"
+        case "value_error":
+            message, remedy = str(detail["ctx"]["error"]), ""
+        case _:
+            message, remedy = f"{value!r} is not {_expected(loc)}", ""
+    return Problem(place=place, message=message, remedy=remedy)
+
+
+def _unknown_key(loc: tuple[int | str, ...]) -> tuple[str, str]:
+    """Say what is wrong with a key that its table does not have, and where it may belong."""
+    key, table = str(loc[-1]), _table_of(loc)
+    legal = set(table.model_fields)
+    message = "is not a key of this table"
+    if CALLED_HERE.get(key) in legal:
+        return message, f"in this file it is called {CALLED_HERE[key]}"
+    homes = [name for name, model in _LEVELS if key in model.model_fields]
+    if homes:
+        return message, f"it belongs in {' or '.join(homes)}"
+    if key in DatasetOptions.model_fields and key not in CALLED_HERE:
+        return message, f"set it for the whole run: --{key}"
+    return message, suggestion(key, sorted(legal)) or f"known are {', '.join(sorted(legal))}"
+
+
+def _table_of(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    if "subsets" in loc[:-1]:
+        return SubsetTable
+    if "general" in loc[:-1]:
+        return DatasetDefaults
+    return DatasetTable if "datasets" in loc[:-1] else DatasetFile
+
+
+def _expected(loc: tuple[int | str, ...]) -> str:
+    table = _table_of(loc)
+    field = table.model_fields.get(str(loc[-1]))
+    if field is None:
+        return "a table"
+    return describe(TypeAdapter(field.rebuild_annotation()).json_schema())
+
+
+def _table_name(loc: tuple[int | str, ...]) -> str:
+    return ".".join(part for part in loc if isinstance(part, str))
+
+
+def _dotted(key: KeyPath) -> str:
+    text = ""
+    for part in key:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

@@ -1,0 +1,123 @@
+"""The options of the command line that say what to train on, under the names of sd-scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003 - pydantic needs it
+from typing import Annotated, TypeAlias
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from sdxl_train.components import OptionModel
+
+
+def parse_resolution(value: object) -> object:
+    """Read ``1024``, ``"1024"``, ``"1024,768"`` or ``[1024, 768]`` as (width, height).
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if value is None:
+        return None
+    items: list[object] = list(value) if isinstance(value, (list, tuple)) else [value]
+    parts = [part for item in items for part in str(item).split(",")]
+    if any(isinstance(item, (bool, float)) for item in items):
+        parts = []
+    numbers = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(numbers) != len(parts) or len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise ValueError(f"{value!r} is not a resolution: write 1024 or 1024,768 (width, height)")
+    return (numbers[0], numbers[-1])
+
+
+def _with_dot(extension: str) -> str:
+    return extension if extension.startswith(".") else f".{extension}"
+
+
+Resolution: TypeAlias = Annotated[tuple[int, int], BeforeValidator(parse_resolution)]
+"""(width, height), written as one side, ``W,H`` or a list."""
+Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+"""A probability."""
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+Positive: TypeAlias = Annotated[int, Field(ge=1)]
+Separator: TypeAlias = Annotated[str, Field(min_length=1)]
+Extension: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_with_dot)]
+"""A file name's ending; the dot is added where it is missing."""
+
+
+class DatasetOptions(OptionModel):
+    """What to train on, and how its images and captions are prepared."""
+
+    train_data_dir: Path | None = Field(
+        None,
+        description="Folder of N_name folders: the images in each repeat N times an epoch. "
+        "A folder of images without such folders is taken as it is.",
+    )
+    reg_data_dir: Path | None = Field(
+        None, description="The same for regularization images, which hold the class in place."
+    )
+    dataset_config: Path | None = Field(
+        None,
+        description="TOML or JSON file of datasets and subsets, instead of train_data_dir. "
+        "Relative folders in it are looked for from the current folder, then from the file's.",
+    )
+    resolution: Resolution | None = Field(
+        None, description="Training size in pixels: one side, or width,height (1024 or 1024,768)."
+    )
+    train_batch_size: Positive = Field(1, description="Images in a batch, on each device.")
+    enable_bucket: bool = Field(
+        False,
+        description="Train each image at the size, of about the resolution's area, that is nearest "
+        "to its aspect ratio. Off: every image is resized and centre-cropped to the resolution.",
+    )
+    min_bucket_reso: Positive = Field(256, description="Shortest side of a bucket.")
+    max_bucket_reso: Positive = Field(
+        1024, description="Longest side of a bucket. At a resolution of 1024, 2048 suits."
+    )
+    bucket_reso_steps: Positive = Field(64, description="Sides of buckets are multiples of this.")
+    bucket_no_upscale: bool = Field(
+        False, description="Never enlarge an image: its bucket is made to measure."
+    )
+    caption_extension: Extension = Field(
+        ".caption",
+        description="Ending of caption files, beside the images. Unset: .caption, else .txt.",
+    )
+    shuffle_caption: bool = Field(False, description="Shuffle the tags of a caption each time.")
+    caption_separator: Separator = Field(",", description="What stands between the tags.")
+    keep_tokens: Count = Field(
+        0, description="Number of leading tags that are neither shuffled nor dropped."
+    )
+    keep_tokens_separator: str = Field(
+        "",
+        description="Mark after which the tags may be shuffled or dropped, until it occurs again. "
+        "It is taken out of the caption.",
+    )
+    caption_prefix: str | None = Field(None, description="Text put before each caption.")
+    caption_suffix: str | None = Field(None, description="Text put after each caption.")
+    caption_dropout_rate: Share = Field(
+        0.0, description="Probability that a sample is trained with an empty caption."
+    )
+    caption_dropout_every_n_epochs: Count = Field(
+        0, description="Train every Nth epoch with empty captions. 0: never."
+    )
+    caption_tag_dropout_rate: Share = Field(0.0, description="Probability that a tag is dropped.")
+    flip_aug: bool = Field(False, description="Mirror half of the samples from left to right.")
+    dataset_repeats: Count = Field(
+        1, description="Repeats an epoch of images whose folder or subset does not say its own."
+    )
+    prior_loss_weight: float = Field(
+        1.0, ge=0, description="Weight of the loss of regularization images."
+    )
+    cache_latents: bool = Field(
+        False, description="Encode the images once, before training, and keep the latents."
+    )
+    vae_batch_size: Positive = Field(1, description="Images encoded at a time for the cache.")
+    cache_text_encoder_outputs: bool = Field(
+        False, description="Encode the captions once, before training; the encoders do not train."
+    )
+    max_data_loader_n_workers: Count = Field(
+        8,
+        description="Processes that load images, at most one for each CPU core. "
+        "0: load in the main process.",
+    )
+    persistent_data_loader_workers: bool = Field(
+        False, description="Keep these processes from epoch to epoch."
+    )

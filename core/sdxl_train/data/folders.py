@@ -1,0 +1,172 @@
+"""Folders of images as people lay them out: the ``N_name`` convention, and what was meant instead.
+
+In ``train_data_dir`` each folder ``N_name`` holds images that are repeated N times an epoch;
+``name`` is the caption of those that have none. The convention is that of sd-scripts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdxl_train.data.dataset_file import SubsetTable
+from sdxl_train.data.images import is_image_name
+from sdxl_train.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(kw_only=True)
+class FoundFolders:
+    """The subsets that a parent folder holds, and what is wrong or odd about it."""
+
+    subsets: list[SubsetTable] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def expanded(path: Path) -> Path:
+    """Put in environment variables and the home folder."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+def find_folders(parent: Path | None, *, is_reg: bool, place: str) -> FoundFolders:
+    """Find the ``N_name`` folders of a parent folder, if one is given."""
+    found = FoundFolders()
+    if parent is None:
+        return found
+    parent = expanded(parent)
+    problem = folder_problem(parent, place)
+    if problem:
+        found.problems.append(problem)
+        return found
+    numbered = [(folder, split) for folder in _folders(parent) if (split := _split(folder.name))]
+    for folder, (repeats, tokens) in numbered:
+        if repeats:
+            found.subsets.append(
+                SubsetTable(
+                    image_dir=str(folder),
+                    num_repeats=repeats,
+                    class_tokens=tokens or None,
+                    is_reg=is_reg,
+                )
+            )
+        else:
+            found.warnings.append(f"{folder}: left out, its name says 0 repeats")
+    if found.subsets:
+        found.warnings += _left_out(parent)
+    else:
+        _without_numbers(parent, found, is_reg=is_reg, place=place)
+    return found
+
+
+def folder_problem(path: Path, place: str) -> Problem | None:
+    """Say what is wrong with a path that should be a folder."""
+    if path.is_dir():
+        return None
+    if path.exists():
+        message, remedy = f"{path} is a file, not a folder", f"did you mean {path.parent}?"
+    else:
+        message, remedy = f"{path} does not exist", _near(path)
+    return Problem(place=place, message=message, remedy=remedy)
+
+
+def file_problem(path: Path, place: str) -> Problem | None:
+    """Say what is wrong with a path that should be a dataset file."""
+    if path.is_file():
+        if path.suffix.lower() in (".toml", ".json"):
+            return None
+        message, remedy = f"{path} is neither .toml nor .json", "name a dataset file"
+    elif path.exists():
+        message, remedy = f"{path} is a folder, not a file", "use --train_data_dir for a folder"
+    else:
+        message, remedy = f"{path} does not exist", _near(path)
+    return Problem(place=place, message=message, remedy=remedy)
+
+
+def count_images(folder: Path) -> int:
+    """Count the images directly in a folder, by name."""
+    return sum(is_image_name(path.name) for path in _entries(folder))
+
+
+def folders_with_images(parent: Path) -> list[Path]:
+    """Give the folders in a folder that hold images themselves."""
+    return [folder for folder in _folders(parent) if count_images(folder)]
+
+
+def _split(name: str) -> tuple[int, str] | None:
+    number, _, tokens = name.partition("_")
+    return (int(number), tokens) if number.isascii() and number.isdecimal() else None
+
+
+def _without_numbers(parent: Path, found: FoundFolders, *, is_reg: bool, place: str) -> None:
+    """Make what can be made of a folder without ``N_name`` folders."""
+    images = count_images(parent)
+    if images and not _split(parent.name):
+        found.subsets.append(SubsetTable(image_dir=str(parent), is_reg=is_reg))
+        found.warnings.append(
+            f"{parent} has no N_name folders: its own {images} images are taken as they are"
+        )
+        return
+    message = f"{parent} has no N_name folders, such as 10_cat"
+    if images:
+        message += ", but is one itself"
+        remedy = f"give the folder above it: {parent.parent}"
+    elif named := folders_with_images(parent):
+        remedy = f"put the number of repeats before the name: 1_{named[0].name}"
+        message += f"; it has {_listed(named)}"
+    elif deeper := [f for f in _folders(parent) if any(_split(g.name) for g in _folders(f))]:
+        remedy = f"did you mean {deeper[0]}?"
+    else:
+        message += f", and no images ({_contents(parent)})"
+        remedy = "put the images into a folder 1_name inside it"
+    found.problems.append(Problem(place=place, message=message, remedy=remedy))
+
+
+def _left_out(parent: Path) -> list[str]:
+    """Name the images that the convention passes over."""
+    warnings = []
+    if images := count_images(parent):
+        warnings.append(f"{parent}: {images} images beside the N_name folders are left out")
+    named = [folder for folder in folders_with_images(parent) if not _split(folder.name)]
+    if named:
+        warnings.append(
+            f"{parent}: left out for want of a number before the name: {_listed(named)}"
+        )
+    return warnings
+
+
+def _contents(folder: Path) -> str:
+    entries = _entries(folder)
+    folders = sum(entry.is_dir() for entry in entries)
+    return f"{folders} folders, {len(entries) - folders} other files"
+
+
+def _listed(folders: Iterable[Path]) -> str:
+    return ", ".join(f"{folder.name} ({count_images(folder)} images)" for folder in folders)
+
+
+def _near(path: Path) -> str:
+    """Suggest an existing path like one that does not exist."""
+    parent = path.parent
+    while not parent.is_dir():
+        path, parent = parent, parent.parent
+        if parent == path:
+            return "check the path"
+    names = difflib.get_close_matches(path.name, [entry.name for entry in _entries(parent)], n=1)
+    return f"did you mean {parent / names[0]}?" if names else f"{parent} has no {path.name}"
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in _entries(parent) if path.is_dir() and not path.name.startswith(".")]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # a folder that may not be listed has nothing to suggest
+        return []

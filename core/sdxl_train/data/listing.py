@@ -1,0 +1,149 @@
+"""What lies in a folder of images: images, their caption files, and everything else by reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sdxl_train.data.folders import folders_with_images
+from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+_CAPTION_EXTENSIONS = frozenset(
+    {".txt", ".text", ".caption", ".captions", ".cap", ".tag", ".tags", ".prompt", ".wd14"}
+)
+"""Endings under which people keep captions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Skipped:
+    """A file that is left out, and why."""
+
+    path: Path
+    reason: str
+
+
+class Remarks:
+    """Remarks on files, told once each with a count and the first few files."""
+
+    def __init__(self) -> None:
+        self._paths: dict[str, list[Path]] = {}
+
+    def add(self, remark: str, path: Path) -> None:
+        """Make a remark on a file."""
+        self._paths.setdefault(remark, []).append(path)
+
+    def lines(self) -> list[str]:
+        """Give one line for each remark."""
+        lines = []
+        for remark, paths in self._paths.items():
+            shown = ", ".join(str(path) for path in paths[:5])
+            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+            files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
+            lines.append(f"{files}: {remark}: {shown}{more}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The content of a folder, sorted by name.
+
+    Attributes:
+        folder: The folder.
+        images: Files that are images by their names.
+        captions: The caption file of each image, or None.
+        other_captions: Files that look like captions of the images, under another ending.
+        skipped: All that is left out.
+    """
+
+    folder: Path
+    images: list[Path] = field(default_factory=list)
+    captions: list[Path | None] = field(default_factory=list)
+    other_captions: list[Path] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def contents(self) -> str:
+        """Say in a few words what is there instead of images."""
+        reasons = [entry.reason for entry in self.skipped]
+        counted = {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+        return (
+            "; ".join(f"{count} x {reason}" for reason, count in counted.items()) or "it is empty"
+        )
+
+    @property
+    def advice(self) -> str:
+        """Suggest where the images may be."""
+        deeper = folders_with_images(self.folder)
+        if not deeper:
+            return "supported are png, jpg, webp and bmp"
+        return f"images lie one level deeper: name {deeper[0]}" + (
+            f" and {len(deeper) - 1} more as subsets of their own" if len(deeper) > 1 else ""
+        )
+
+
+def list_folder(folder: Path, caption_extensions: Sequence[str], remarks: Remarks) -> Listing:
+    """List a folder. Only what lies directly in it counts.
+
+    Args:
+        folder: The folder.
+        caption_extensions: Endings of caption files; the first that exists is an image's caption.
+        remarks: Gets what the user should know of single files.
+
+    Raises:
+        OSError: If the folder cannot be read.
+    """
+    listing = Listing(folder=folder)
+    others: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if is_image_name(path.name) and not path.is_dir():
+            listing.images.append(path)
+        else:
+            others[path.name] = path
+    stems: dict[str, Path] = {}
+    for image in listing.images:
+        listing.captions.append(_caption_of(image, others, caption_extensions))
+        if image.stem in stems:
+            remarks.add("the same name as another image, and so the same caption", image)
+        stems.setdefault(image.stem, image)
+    used = {path.name for path in listing.captions if path}
+    for name, path in others.items():
+        if name not in used:
+            _pass_over(path, listing, stems, caption_extensions, remarks)
+    return listing
+
+
+def _caption_of(image: Path, others: dict[str, Path], extensions: Sequence[str]) -> Path | None:
+    for extension in extensions:
+        for ending in (extension, extension.upper()):
+            if found := others.get(image.stem + ending):
+                return found
+    return None
+
+
+def _pass_over(
+    path: Path,
+    listing: Listing,
+    stems: dict[str, Path],
+    extensions: Sequence[str],
+    remarks: Remarks,
+) -> None:
+    ending = path.suffix.lower()
+    if path.name.startswith("."):
+        reason = "hidden"
+    elif path.is_dir():
+        reason = "folder; only files directly in the image folder count"
+    elif ending in OTHER_IMAGE_EXTENSIONS:
+        reason = f"image type {ending} is not supported"
+        remarks.add(f"{reason}, left out", path)
+    elif ending in extensions and path.stem not in stems:
+        reason = "caption without an image"
+    elif ending in _CAPTION_EXTENSIONS and path.stem in stems:
+        reason = "not the caption file that is used"
+        listing.other_captions.append(path)
+    else:
+        reason = "not an image"
+    listing.skipped.append(Skipped(path=path, reason=reason))

@@ -1,0 +1,323 @@
+"""The scan: every image and caption of the datasets, checked before any work is done.
+
+Only heads of image files are read. Nothing is passed over in silence: a file is used, or listed as
+skipped, or a problem.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sdxl_train.data.buckets import SizeError, bucket_warnings, check_buckets, fitter
+from sdxl_train.data.captions import CaptionError, caption_warnings, read_caption
+from sdxl_train.data.dataset_config import DEFAULT
+from sdxl_train.data.images import ImageError, read_header
+from sdxl_train.data.listing import Remarks, list_folder
+from sdxl_train.data.regularization import balanced
+from sdxl_train.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from sdxl_train.data.buckets import Fit, Size
+    from sdxl_train.data.captions import CaptionFile
+    from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
+    from sdxl_train.data.images import ImageHeader
+    from sdxl_train.data.listing import Listing, Skipped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRecord:
+    """An image to train on.
+
+    Attributes:
+        path: The file.
+        size: Its (width, height), upright.
+        caption: Its caption as read, or the class tokens, or empty.
+        has_caption: Whether it has a caption file.
+        repeats: Times that it is trained in an epoch.
+        is_reg: Whether it is a regularization image.
+        subset: Index of its subset in the dataset's configuration.
+        fit: How it gets its training size.
+    """
+
+    path: Path
+    size: Size
+    caption: str
+    has_caption: bool
+    repeats: int
+    is_reg: bool
+    subset: int
+    fit: Fit
+
+    @property
+    def key(self) -> str:
+        """A short name for messages: folder and file."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset and its images, in the order of its subsets and of the file names."""
+
+    config: DatasetConfig
+    images: tuple[ImageRecord, ...]
+
+    def subset_of(self, image: ImageRecord) -> SubsetConfig:
+        """Give the configuration of an image's subset."""
+        return self.config.subsets[image.subset]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What there is to train on, and what is wrong, odd or left out."""
+
+    datasets: tuple[Dataset, ...]
+    skipped: tuple[Skipped, ...]
+    warnings: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Describe the scan for ``plan``, in plain JSON values.
+
+        ``images`` are different training images, ``repeats`` the samples of an epoch that they
+        make, ``regularization`` the different regularization images in use, ``with_caption`` how
+        many of all these have a caption file. ``buckets`` count different images of both sorts.
+        """
+        every = [image for dataset in self.datasets for image in dataset.images]
+        training = [image for image in every if not image.is_reg]
+        buckets = Counter(image.fit.bucket for image in every)
+        return {
+            "images": len(training),
+            "repeats": sum(image.repeats for image in training),
+            "regularization": len(every) - len(training),
+            "with_caption": sum(image.has_caption for image in every),
+            "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
+            "buckets": [
+                {"resolution": list(size), "images": count}
+                for size, count in sorted(buckets.items())
+            ],
+        }
+
+
+def scan(
+    configs: Sequence[DatasetConfig], *, bucket_multiple: int, place: Callable[[str], str]
+) -> Scan:
+    """Find and check all images and captions.
+
+    Args:
+        configs: The datasets.
+        bucket_multiple: Sides must be a multiple of this many pixels for the model.
+        place: Gives the place of an option by its name, for values that nobody set.
+    """
+    threads = min(32, 4 * (os.cpu_count() or 1))
+    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
+        scanner = _Scanner(bucket_multiple, place, pool)
+        datasets = tuple(scanner.dataset(config) for config in configs)
+    return Scan(
+        datasets=datasets,
+        skipped=tuple(scanner.skipped),
+        warnings=tuple(dict.fromkeys([*scanner.warnings, *scanner.remarks.lines()])),
+        problems=tuple(scanner.problems),
+    )
+
+
+class _Scanner:
+    """Collects what the scan of all datasets finds."""
+
+    def __init__(
+        self, multiple: int, place: Callable[[str], str], pool: ThreadPoolExecutor
+    ) -> None:
+        self.multiple = multiple
+        self.place = place
+        self.pool = pool
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.skipped: list[Skipped] = []
+        self.remarks = Remarks()
+
+    def dataset(self, config: DatasetConfig) -> Dataset:
+        """Scan one dataset; it has no images where its sizes are not valid."""
+        fit = self._fitter(config)
+        images: list[ImageRecord] = []
+        seen: set[tuple[Path, bool]] = set()
+        for index, subset in enumerate(config.subsets):
+            role = (subset.image_dir.resolve(), subset.is_reg)
+            if role in seen:
+                self.warnings.append(
+                    f"{subset.place}: {subset.image_dir} is named twice in this"
+                    " dataset; it is used once"
+                )
+                continue
+            seen.add(role)
+            images += self._subset(subset, index, fit)
+        if images and all(image.is_reg for image in images):
+            message = "has regularization images only, and nothing to train"
+            self.problems.append(Problem(place=config.place, message=message))
+        used = balanced(images)
+        unused = len(images) - len(used)
+        if unused:
+            regularization = sum(image.is_reg for image in images)
+            self.warnings.append(
+                f"{unused} of {regularization} regularization images are not used: there are no "
+                "more training samples to match"
+            )
+        return Dataset(config=config, images=tuple(used))
+
+    def _fitter(self, config: DatasetConfig) -> Callable[[Size], Fit] | None:
+        def place(name: str) -> str:
+            origin = config.origins[name]
+            return self.place(name) if origin == DEFAULT else origin
+
+        problems = check_buckets(
+            config.resolution, config.buckets, multiple=self.multiple, place=place
+        )
+        self.problems += problems
+        if problems:
+            return None
+        self.warnings += bucket_warnings(
+            config.resolution,
+            config.buckets,
+            is_default=lambda name: config.origins[name] == DEFAULT,
+        )
+        return fitter(config.resolution, config.buckets)
+
+    def _subset(
+        self, subset: SubsetConfig, index: int, fit: Callable[[Size], Fit] | None
+    ) -> list[ImageRecord]:
+        try:
+            listing = list_folder(subset.image_dir, subset.caption_extensions, self.remarks)
+        except OSError as error:
+            message = f"{subset.image_dir} cannot be read: {error.strerror}"
+            self.problems.append(Problem(place=subset.place, message=message))
+            return []
+        self.skipped += listing.skipped
+        self._check_listing(subset, listing)
+        read = self.pool.map(_read, listing.images, listing.captions)
+        records = [record for entry in read if (record := self._record(entry, subset, index, fit))]
+        captioned = [record.caption for record in records if record.has_caption]
+        if len(captioned) < len(records):
+            used = f"the class tokens {subset.class_tokens!r}" if subset.class_tokens else "nothing"
+            self.warnings.append(
+                f"{subset.image_dir}: {len(records) - len(captioned)} of {len(records)} images "
+                f"have no caption file; their caption is {used}"
+            )
+        self.warnings += [
+            f"{subset.image_dir}: {warning}"
+            for warning in caption_warnings(captioned, subset.captions)
+        ]
+        return records
+
+    def _check_listing(self, subset: SubsetConfig, listing: Listing) -> None:
+        if not listing.images:
+            self.problems.append(
+                Problem(
+                    place=subset.place,
+                    message=f"{subset.image_dir} holds no images ({listing.contents})",
+                    remedy=listing.advice,
+                )
+            )
+        elif listing.other_captions and not any(listing.captions):
+            origin = subset.origins["caption_extension"]
+            ending = listing.other_captions[0].suffix
+            self.problems.append(
+                Problem(
+                    place=self.place("caption_extension") if origin == DEFAULT else origin,
+                    message=f"no image in {subset.image_dir} has a caption file "
+                    f"({' or '.join(subset.caption_extensions)}), but there is "
+                    f"{listing.other_captions[0].name}",
+                    remedy=f"use --caption_extension {ending}",
+                )
+            )
+
+    def _record(
+        self,
+        read: _Read,
+        subset: SubsetConfig,
+        index: int,
+        fit: Callable[[Size], Fit] | None,
+    ) -> ImageRecord | None:
+        text = subset.class_tokens or ""
+        if isinstance(read.caption, Problem):
+            self.problems.append(read.caption)
+        elif read.caption is not None:
+            text = read.caption.text
+            for remark in read.caption.remarks:
+                self.remarks.add(f"caption {remark}", read.caption_path or read.path)
+        if isinstance(read.header, ImageError):
+            self._bad_image(read.path, str(read.header))
+            return None
+        chosen = self._fit(read.path, read.header, fit)
+        if chosen is None:
+            return None
+        return ImageRecord(
+            path=read.path,
+            size=read.header.size,
+            caption=text,
+            has_caption=read.caption is not None,
+            repeats=subset.num_repeats,
+            is_reg=subset.is_reg,
+            subset=index,
+            fit=chosen,
+        )
+
+    def _fit(
+        self, path: Path, header: ImageHeader, fit: Callable[[Size], Fit] | None
+    ) -> Fit | None:
+        if header.misnamed:
+            self.remarks.add(f"in truth {header.format}, read as that", path)
+        if header.transparent:
+            self.remarks.add("transparent, laid on white", path)
+        width, height = header.size
+        if min(width, height) < self.multiple:
+            self._bad_image(path, f"{width}x{height} is less than {self.multiple} pixels on a side")
+            return None
+        if fit is None:
+            return None
+        try:
+            chosen = fit(header.size)
+        except SizeError as error:
+            self._bad_image(path, str(error))
+            return None
+        if chosen.resized[0] > 2 * width:
+            self.remarks.add("enlarged to more than twice its size", path)
+        return chosen
+
+    def _bad_image(self, path: Path, message: str) -> None:
+        self.problems.append(
+            Problem(place=str(path), message=message, remedy="replace or remove the file")
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """What was read of one image; faults are values here."""
+
+    path: Path
+    caption_path: Path | None
+    header: ImageHeader | ImageError
+    caption: CaptionFile | Problem | None
+
+
+def _read(path: Path, caption_path: Path | None) -> _Read:
+    header: ImageHeader | ImageError
+    try:
+        header = read_header(path)
+    except ImageError as error:
+        header = error
+    caption = _read_caption(caption_path) if caption_path else None
+    return _Read(path=path, caption_path=caption_path, header=header, caption=caption)
+
+
+def _read_caption(path: Path) -> CaptionFile | Problem:
+    try:
+        return read_caption(path)
+    except CaptionError as error:
+        return Problem(place=str(path), message=str(error))
+    except OSError as error:
+        return Problem(place=str(path), message=f"cannot be read: {error.strerror}")

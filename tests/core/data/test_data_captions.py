@@ -1,0 +1,150 @@
+"""Captions: the golden outputs as sets of what is possible, and files as people leave them."""
+
+from __future__ import annotations
+
+import random
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sdxl_train.data.captions import (
+    CaptionError,
+    CaptionOptions,
+    caption_warnings,
+    possible_captions,
+    process_caption,
+    read_caption,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.core.data.conftest import ReadGolden
+
+
+def outputs(caption: str, epoch: int = 1, seeds: int = 400, **options: Any) -> set[str]:
+    chosen = CaptionOptions(**options)
+    return {process_caption(caption, chosen, random.Random(n), epoch) for n in range(seeds)}
+
+
+def test_golden_cases_are_among_the_possible_outputs(golden: ReadGolden) -> None:
+    checked = 0
+    for case in golden("captions")["cases"]:
+        if not set(case["subset"]) <= set(CaptionOptions.__dataclass_fields__):
+            continue
+        epoch = case["state"].get("current_epoch", 1)
+        ours = outputs(case["caption"], epoch, seeds=20, **case["subset"])
+        theirs = set(case["out_seed0_7"])
+        if len(theirs) == 1:
+            assert ours == theirs, case["name"]
+        else:
+            keep = case["subset"].get("keep_tokens", 0) if "|||" not in case["caption"] else 2
+            mine, tags = next(iter(ours)).split(", "), next(iter(theirs)).split(", ")
+            assert mine[:keep] == tags[:keep], case["name"]
+            every = {tag for text in theirs for tag in text.split(", ")}
+            assert {tag for text in ours for tag in text.split(", ")} == every, case["name"]
+            assert len(ours) > 8, case["name"]
+        checked += 1
+    assert checked == 7
+
+
+def test_shuffling_gives_every_order_and_nothing_else() -> None:
+    orders = {f"a, {', '.join(p)}" for p in permutations("bcd")}
+    assert outputs("a,b, c,d", shuffle_caption=True, keep_tokens=1) == orders
+
+
+def test_tag_dropout_spares_the_kept_tags() -> None:
+    found = outputs("a, b, c", caption_tag_dropout_rate=0.5, keep_tokens=1)
+    assert found == {"a", "a, b", "a, c", "a, b, c"}
+    assert outputs("a,b,c", caption_tag_dropout_rate=1.0, keep_tokens=1) == {"a"}
+
+
+def test_separator_parts_the_caption_into_kept_flexible_and_tail() -> None:
+    found = outputs("a, b ||| c, d ||| e", shuffle_caption=True, keep_tokens_separator="|||")
+    assert found == {"a, b, c, d, e", "a, b, d, c, e"}
+
+
+def test_separator_text_never_stays_in_the_caption() -> None:
+    assert outputs("a ||| b ||| c ||| d", keep_tokens_separator="|||") == {"a, b, c, d"}
+    assert outputs("a,b", keep_tokens_separator="|||") == {"a,b"}
+
+
+def test_tags_are_joined_with_a_comma_whatever_parted_them() -> None:
+    assert outputs("a; b", caption_separator=";", shuffle_caption=True) == {"a, b", "b, a"}
+
+
+def test_captions_that_do_not_change_stay_as_written() -> None:
+    assert outputs("a,b,  a photo of c.") == {"a,b,  a photo of c."}
+
+
+def test_empty_tags_are_dropped() -> None:
+    assert outputs(", a, , b,") == {"a, b"}
+    assert outputs("a, , b,", shuffle_caption=True) == {"a, b", "b, a"}
+
+
+def test_prefix_and_suffix_are_part_of_the_caption() -> None:
+    found = outputs("a", caption_prefix="P,", caption_suffix=", S")
+    assert found == {"P, a , S"}
+    assert outputs("a", caption_prefix="P", caption_dropout_rate=1.0) == {""}
+    assert outputs("", caption_prefix="P") == {"P"}
+
+
+def test_captions_are_dropped_at_their_rate_and_in_their_epochs() -> None:
+    options = CaptionOptions(caption_dropout_rate=0.25)
+    rng = random.Random(0)
+    dropped = sum(process_caption("a", options, rng, 1) == "" for _ in range(4000))
+    assert 900 < dropped < 1100  # 1000 +- 3.6 standard deviations
+    by_epoch = [outputs("a", epoch, caption_dropout_every_n_epochs=3) for epoch in range(1, 7)]
+    assert by_epoch == [{"a"}, {"a"}, {""}, {"a"}, {"a"}, {""}]
+
+
+def test_keeping_more_tags_than_there_are_is_no_crash() -> None:
+    assert outputs("a, b", shuffle_caption=True, keep_tokens=5) == {"a, b"}
+    options = CaptionOptions(shuffle_caption=True, keep_tokens=3, keep_tokens_separator="|||")
+    warnings = caption_warnings(["a, b", "a, b, c", "a ||| b"], options)
+    assert warnings == [
+        "keep_tokens_separator '|||' is not in 2 of 3 captions",
+        "keep_tokens 3: 1 of 3 captions have fewer tags",
+    ]
+
+
+def test_possible_captions_include_the_empty_one_where_captions_drop() -> None:
+    options = CaptionOptions(caption_prefix="P", caption_dropout_every_n_epochs=2)
+    assert possible_captions("a", options) == ("P a", "")
+    assert possible_captions("a", CaptionOptions()) == ("a",)
+
+
+def written(tmp_path: Path, data: bytes) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("data", "text", "remark"),
+    [
+        ("\ufeffcafé".encode(), "café", ""),
+        (b"a,\tb \r\n", "a, b", ""),
+        ("a,\u00a0b".encode(), "a, b", ""),
+        (b"it\x92s caf\xe9", "it\u2019s caf\u00e9", "not UTF-8, read as cp1252"),
+        ("一个女孩, red".encode("gb18030"), "一个女孩, red", "not UTF-8, read as gb18030"),
+        ("a, é".encode("utf-16"), "a, é", "not UTF-8, read as utf-16"),
+        (b"", "", "empty"),
+        (b" \r\n\t\n", "", "empty"),
+        (b"first\nsecond\n", "first", "more than one line, only the first is used"),
+        (b"\n\nfirst\n\n", "first", ""),
+        ("🐈, 猫".encode(), "🐈, 猫", ""),
+    ],
+)
+def test_captions_are_read_as_people_save_them(
+    tmp_path: Path, data: bytes, text: str, remark: str
+) -> None:
+    caption = read_caption(written(tmp_path, data))
+    assert caption.text == text
+    assert caption.remarks == ((remark,) if remark else ())
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaptionError, match="save it as UTF-8"):
+        read_caption(written(tmp_path, b"\x81\xff\x8d\xff\x90\xff\xff"))

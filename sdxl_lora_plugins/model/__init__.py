@@ -90,11 +90,12 @@ class Sdxl(Model):
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Yield what is wrong with the sources, from their headers, and with the rates."""
-        base = self.pretrained_model_name_or_path
-        place = config.place("pretrained_model_name_or_path")
-        yield from _problems(place, sources.base_faults(base, vae_given=self.vae is not None))
-        if self.vae is not None:
-            yield from _problems(config.place("vae"), sources.vae_faults(self.vae))
+        base = sources.locate(self.pretrained_model_name_or_path)
+        if not base.downloadable:
+            place = config.place("pretrained_model_name_or_path")
+            yield from _problems(place, sources.base_faults(base, vae_given=self.vae is not None))
+        if self.vae is not None and not (vae := sources.locate(self.vae)).downloadable:
+            yield from _problems(config.place("vae"), sources.vae_faults(vae))
         if self.no_half_vae and self.vae_dtype != "fp32":
             yield Problem(
                 place=config.place("no_half_vae"),

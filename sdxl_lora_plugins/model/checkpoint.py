@@ -18,11 +18,11 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora_plugins.model import configs, kinds, names
-from sdxl_lora_plugins.model.headers import BadFileError, Header, read_header
+from sdxl_lora_plugins.model.headers import BadFileError, Header, counted, read_header
 from sdxl_train import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sized
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -37,8 +37,6 @@ _HARMLESS = re.compile(
     r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
 )
 """Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
-
-_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +173,9 @@ class Checkpoint:
             and not (vae_replaced and name.startswith(kinds.VAE))
         ]
         if left:
-            _log.warning("%s: %s not used: %s", self.path.name, _count(left), _shown(left))
+            _log.warning(
+                "%s holds unknown tensors, which are not used: %s", self.path.name, counted(left)
+            )
 
     def _configure(self, read: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -213,7 +213,7 @@ class Checkpoint:
         """Raise UserError for tensors that are missing or of another shape."""
         shapes = self.header.shapes
         if missing := sorted({o.name for o in origins.values()} - shapes.keys()):
-            text = f"the {title} lacks {_count(missing)}: {_shown(missing)}"
+            text = f"the {title} lacks {counted(missing)}"
             raise UserError.of(str(self.path), text, "use a complete checkpoint")
         wanted = module.state_dict()
         wrong = []
@@ -222,7 +222,7 @@ class Checkpoint:
             if origin.take(stored).shape != wanted[path].shape:
                 wrong.append(origin.name)
         if wrong:
-            text = f"the {title} has {_count(wrong)} of a shape that does not fit: {_shown(wrong)}"
+            text = f"the {title} has shapes that do not fit in {counted(wrong)}"
             raise UserError.of(str(self.path), text, "use an SDXL base checkpoint")
 
 
@@ -232,12 +232,3 @@ def fill_position_ids(encoder: nn.Module, device: torch.device) -> None:
         ids = getattr(module, "position_ids", None)
         if isinstance(ids, torch.Tensor) and ids.is_meta:
             module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
-
-
-def _count(items: Sized) -> str:
-    return "1 tensor" if len(items) == 1 else f"{len(items)} tensors"
-
-
-def _shown(items: list[str]) -> str:
-    more = len(items) - _NUM_SHOWN
-    return ", ".join(items[:_NUM_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
+from sdxl_lora_plugins.model.headers import counted
 from sdxl_lora_plugins.model.sources import PARTS, variant_of
 from sdxl_train import UserError
 
@@ -101,7 +102,4 @@ def _require_complete(folder: Path, report: dict[str, Any]) -> None:
     """Refuse a part whose file lacks tensors: the loaders would make them up."""
     missing = sorted(report["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise UserError.of(
-            str(folder), f"{len(missing)} tensors are missing: {shown}", "download it again"
-        )
+        raise UserError.of(str(folder), f"it lacks {counted(missing)}", "download it again")

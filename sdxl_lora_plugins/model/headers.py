@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
@@ -21,6 +21,8 @@ Shapes: TypeAlias = "Mapping[str, tuple[int, ...]]"
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library accepts; the header of full-size SDXL has 0.3 MB."""
+
+_NUM_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,13 @@ def _read(path: Path, size: int, _modified: int) -> Header:
         raise _truncated(path, declared=declared, size=size)
     shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
     return Header(path=path, shapes=shapes, metadata=metadata)
+
+
+def counted(names: Sequence[str]) -> str:
+    """Give the number of tensors and the first five names: ``2 tensors: a, b``."""
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return f"{count}: {', '.join(names[:_NUM_SHOWN])}{more}"
 
 
 def _truncated(path: Path, *, declared: int, size: int) -> BadFileError:

@@ -92,14 +92,19 @@ def _vae_source(options: Sdxl, device: torch.device) -> Source | None:
 
 
 def _usable(
-    name: str, faults: Callable[[str], Iterable[Fault]], subfolders: list[str], device: torch.device
+    name: str,
+    faults: Callable[[Source], Iterable[Fault]],
+    subfolders: list[str],
+    device: torch.device,
 ) -> Source:
     """Locate a source, download it if it is a hub id without a complete copy, and check it."""
     source = locate(name)
-    found = list(faults(name))
-    if source.kind == "hub" and not hub.is_offline() and (found or source.path is None):
-        path = hub.download(name, subfolders=subfolders, weights=device.type != "meta")
-        return Source(kind="hub", name=name, path=path)
+    found = list(faults(source))
+    if source.downloadable and found:
+        weights = device.type != "meta"
+        path = hub.download(name, subfolders=subfolders, weights=weights)
+        source = Source(kind="hub", name=name, path=path)
+        found = list(faults(source)) if weights else []
     if found:
         raise UserError(
             Problem(place=name, message=fault.message, remedy=fault.remedy) for fault in found

@@ -44,6 +44,11 @@ class Source:
     name: str
     path: Path | None = None
 
+    @property
+    def downloadable(self) -> bool:
+        """Whether what is missing here may be had from the hub."""
+        return self.kind == "hub" and not hub.is_offline()
+
 
 def locate(name: str) -> Source:
     """Find out what a name stands for: files and folders come before hub ids."""
@@ -57,9 +62,8 @@ def locate(name: str) -> Source:
     return Source(kind="missing", name=name, path=path)
 
 
-def base_faults(name: str, *, vae_given: bool) -> Iterator[Fault]:
-    """Yield why a name cannot serve as the base model."""
-    source = locate(name)
+def base_faults(source: Source, *, vae_given: bool) -> Iterator[Fault]:
+    """Yield why what is here cannot serve as the base model."""
     try:
         if source.path is None or source.kind == "missing":
             yield from _absence(source)
@@ -71,9 +75,8 @@ def base_faults(name: str, *, vae_given: bool) -> Iterator[Fault]:
         yield error.fault
 
 
-def vae_faults(name: str) -> Iterator[Fault]:
-    """Yield why a name cannot serve as the VAE."""
-    source = locate(name)
+def vae_faults(source: Source) -> Iterator[Fault]:
+    """Yield why what is here cannot serve as the VAE."""
     try:
         if source.path is None or source.kind == "missing":
             yield from _absence(source)
@@ -110,15 +113,13 @@ def variant_of(folder: Path, stem: str) -> str | None:
 
 def _absence(source: Source) -> Iterator[Fault]:
     """Say that there is no such path, or that a hub id cannot be had offline."""
-    if source.kind == "hub":
-        if hub.is_offline():
-            yield Fault(
-                message=f"{source.name!r} is no file or folder here, and as a hub id it is not in "
-                "the local cache while HF_HUB_OFFLINE forbids to download it",
-                remedy="give a file or folder, or unset HF_HUB_OFFLINE once",
-            )
+    if source.path is None:
+        yield Fault(
+            message=f"{source.name!r} is no file or folder here, and as a hub id it is not in "
+            "the local cache while HF_HUB_OFFLINE forbids to download it",
+            remedy="give a file or folder, or unset HF_HUB_OFFLINE once",
+        )
         return
-    assert source.path is not None
     siblings = source.path.parent.iterdir() if source.path.parent.is_dir() else ()
     near = difflib.get_close_matches(source.path.name, [path.name for path in siblings], n=1)
     yield Fault(

@@ -159,12 +159,14 @@ def _write_folder(
     clip_tokenizer().save_pretrained(path / "tokenizer")
     clip_tokenizer("!").save_pretrained(path / "tokenizer_2")
     scheduler = {
-        "_class_name": "EulerDiscreteScheduler",
+        "_class_name": "DDIMScheduler",
         "beta_start": 0.00085,
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
+        "clip_sample": False,
         "num_train_timesteps": 1000,
         "prediction_type": prediction_type,
+        "set_alpha_to_one": False,
         "steps_offset": 1,
         "timestep_spacing": "leading",
     }
@@ -173,7 +175,7 @@ def _write_folder(
     index = {
         "_class_name": "StableDiffusionXLPipeline",
         "force_zeros_for_empty_prompt": True,
-        "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -227,7 +227,7 @@ class _Resolver:
 
     def add(self, subsets: Sequence[_Layer], outer: Sequence[_Layer], where: str) -> None:
         """Resolve one dataset."""
-        configs = [self._subset(layer, outer) for layer in subsets]
+        configs = [config for layer in subsets if (config := self._subset(layer, outer))]
         values = _Values(outer, self.options, self.place)
         resolution = values.get("resolution")
         if resolution is None:
@@ -252,9 +252,14 @@ class _Resolver:
             )
         )
 
-    def _subset(self, layer: _Layer, outer: Sequence[_Layer]) -> SubsetConfig:
+    def _subset(self, layer: _Layer, outer: Sequence[_Layer]) -> SubsetConfig | None:
+        """Resolve one subset; None if its folder is not there, so that the rest can be scanned."""
         values = _Values([layer, *outer], self.options, self.place)
-        folder = self._folder(values.get("image_dir"), layer.place("image_dir"))
+        folder = self._folder(values.get("image_dir"))
+        problem = folder_problem(folder, layer.place("image_dir"))
+        if problem:
+            self.problems.append(problem)
+            return None
         extension, repeats = values.get("caption_extension"), values.get("num_repeats")
         if repeats == 0:
             self.problems.append(
@@ -280,14 +285,10 @@ class _Resolver:
             self.problems += _text_cache_problems(subset, self.place)
         return subset
 
-    def _folder(self, text: str, where: str) -> Path:
+    def _folder(self, text: str) -> Path:
         given = expanded(Path(text))
         beside = self.base / given
-        folder = given if given.exists() or not beside.exists() else beside
-        problem = folder_problem(folder, where)
-        if problem:
-            self.problems.append(problem)
-        return folder
+        return given if given.exists() or not beside.exists() else beside
 
 
 def _text_cache_problems(subset: SubsetConfig, place: Callable[[str], str]) -> list[Problem]:

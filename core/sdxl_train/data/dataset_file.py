@@ -22,8 +22,8 @@ from sdxl_train.data.dataset_options import (
     Share,
 )
 from sdxl_train.errors import Problem, UserError
-from sdxl_train.options import describe, suggestion
 from sdxl_train.toml_files import KeyPath, read_toml
+from sdxl_train.wording import describe, suggestion
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -150,13 +150,13 @@ class _Scanner:
             role = (subset.image_dir.resolve(), subset.is_reg)
             if role in seen:
                 self.warnings.append(
-                    f"{subset.place}: {subset.image_dir} is named twice in this"
-                    " dataset; it is used once"
+                    f"{subset.place}: {subset.image_dir} is named twice in this dataset; "
+                    "it is used once"
                 )
                 continue
             seen.add(role)
             images += self._subset(subset, index, fit)
-        if images and all(image.is_reg for image in images):
+        if config.subsets and all(subset.is_reg for subset in config.subsets):
             message = "has regularization images only, and nothing to train"
             self.problems.append(Problem(place=config.place, message=message))
         used = balanced(images)

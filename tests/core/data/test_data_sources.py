@@ -228,6 +228,31 @@ def test_the_same_folder_twice_counts_once(tmp_path: Path, make_image: MakeImage
     assert "is named twice in this dataset" in "\n".join(found.warnings)
 
 
+def test_the_scan_goes_on_beside_a_folder_that_is_missing(
+    tmp_path: Path, make_image: MakeImage
+) -> None:
+    make_image(tmp_path / "cats" / "a.png", (1, 1))
+    path = tmp_path / "data.toml"
+    subsets = [f"[[datasets.subsets]]\nimage_dir = '{tmp_path / n}'\n" for n in ("cats", "dogs")]
+    path.write_text("[[datasets]]\n" + "".join(subsets), encoding="utf-8")
+    options = DatasetOptions(dataset_config=path, resolution=(64, 64))
+    configs, missing, _ = resolve_datasets(options, lambda name: name)
+    found = scan(configs, bucket_multiple=8, place=lambda name: name)
+    assert [problem.message for problem in missing] == [f"{tmp_path / 'dogs'} does not exist"]
+    assert [Path(problem.place).name for problem in found.problems] == ["a.png"]
+
+
+def test_regularization_subsets_alone_are_a_problem(tmp_path: Path, make_image: MakeImage) -> None:
+    make_image(tmp_path / "cats" / "a.png")
+    path = tmp_path / "data.toml"
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{tmp_path / 'cats'}'\nis_reg = true\n"
+    path.write_text(text, encoding="utf-8")
+    options = DatasetOptions(dataset_config=path, resolution=(64, 64))
+    configs, _, _ = resolve_datasets(options, lambda name: name)
+    (problem,) = scan(configs, bucket_multiple=8, place=lambda name: name).problems
+    assert "nothing to train" in problem.message
+
+
 @pytest.mark.parametrize(
     ("reg_images", "reg_repeats", "expected"),
     [

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_train.config import CORE_OPTIONS, Resolver
+from sdxl_train.config import CORE_OPTIONS
 from sdxl_train.options import options_of
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
+from sdxl_train.resolve import Resolver
 from sdxl_train.settings import from_words
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from sdxl_train.config import Resolver
 from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import resolve_datasets
@@ -14,13 +13,15 @@ from sdxl_train.data.sources import scan
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
+from sdxl_train.resolve import Resolver
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from sdxl_train.config import Resolution, RunConfig
+    from sdxl_train.config import RunConfig
     from sdxl_train.data.sources import Scan
     from sdxl_train.options import Setting
+    from sdxl_train.resolve import Resolution
 
 
 @dataclass(kw_only=True)

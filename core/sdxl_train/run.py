@@ -7,29 +7,27 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
+from accelerate.state import AcceleratorState
 
 from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network
 from sdxl_train.counts import SavePoint
-from sdxl_train.data.cache import LatentCache, TextCache
-from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.events import Events
-from sdxl_train.loop import Step, StepBatches, StepResult, train
+from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.signals import StopSignals
+from sdxl_train.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CAPTIONS_AT_ONCE = 8
 _SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -133,13 +130,14 @@ class Trainer:
             name=output.output_name or "last",
         )
         self.events = self._build_events()
-        self.loader = self._build_loader()
+        self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
+        self.supply.fill_caches()
 
     def train(self, signals: StopSignals) -> None:
         """Train to the end, or to the first signal, saving what falls due."""
         self.events.tell("run_started", run=self.run)
         last: StepResult | None = None
-        for last in train(self._steps(), self.step):
+        for last in train(self.supply.steps(), self.step):
             self.result.steps = last.step
             for point in self.prepared.saves.due(last.step):
                 self._save(point, last)
@@ -152,7 +150,8 @@ class Trainer:
         self.result.final_loss = last.loss.item() if last else None
 
     def close(self, error: BaseException | None) -> None:
-        """Write the record, tell the observers, and free what they hold."""
+        """End the workers, tell the observers, and write the record."""
+        self.supply.close()
         self.events.tell("run_finished", run=self.run, error=error)
         self.events.close()
         self.result.observer_failures = dict(self.events.failures)
@@ -201,12 +200,18 @@ class Trainer:
             started=time.time(),
             optimizer=describe_optimizer(self.optimizer.optimizer, self.config),
             described={
+                "ss_total_batch_size": str(self._batch_size()),
                 "modelspec.resolution": "{}x{}".format(*self._largest_resolution()),
                 **dataset_metadata(prepared.scan, self.config.dataset),
                 **self.model.metadata(),
                 **self.assembly.adapter.metadata(),
             },
         )
+
+    def _batch_size(self) -> int:
+        """Give the samples of an optimizer step, at most."""
+        sizes = [dataset.config.batch_size for dataset in self.prepared.scan.datasets]
+        return max(sizes) * self.config.training.gradient_accumulation_steps
 
     def _largest_resolution(self) -> tuple[int, int]:
         resolutions = [dataset.config.resolution for dataset in self.prepared.scan.datasets]
@@ -224,38 +229,6 @@ class Trainer:
             events.add_observer(name, observer.build(self.run))
         return events
 
-    def _build_loader(self) -> BatchLoader:
-        """Fill the caches that the options ask for, then free what only they needed."""
-        options, plan = self.config.dataset, self.prepared.batches
-        pixels = PixelLoader(
-            plan.datasets,
-            num_workers=options.max_data_loader_n_workers,
-            persistent_workers=options.persistent_data_loader_workers,
-        )
-        loader = BatchLoader(plan, pixels, prior_loss_weight=options.prior_loss_weight)
-        if options.cache_latents:
-            loader.latents = LatentCache(plan.datasets)
-            with _progress("caching latents") as progress:
-                loader.latents.fill(
-                    pixels,
-                    self._encode_images,
-                    batch_size=options.vae_batch_size,
-                    progress=progress,
-                )
-            self.model.release_image_encoder()
-        if options.cache_text_encoder_outputs:
-            loader.text = TextCache(plan.datasets)
-            with _progress("caching text encoder outputs") as progress, self.accelerator.autocast():
-                loader.text.fill(
-                    self.model.encode_text, batch_size=_CAPTIONS_AT_ONCE, progress=progress
-                )
-            self.model.release_text_encoders()
-        return loader
-
-    def _encode_images(self, images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.model.encode_images(images.to(self.accelerator.device))
-
     def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
         text = batch.text
         if text is None:
@@ -272,28 +245,6 @@ class Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)
-
-    def _steps(self) -> Iterator[StepBatches]:
-        """Give the batches of every step: whole epochs, the last one cut at the total."""
-        counts = self.prepared.counts
-        accumulation = self.config.training.gradient_accumulation_steps
-        done = 0
-        for epoch in range(1, counts.epochs + 1):
-            specs = self.prepared.batches.epoch(epoch)[: (counts.total - done) * accumulation]
-            batches = self._ready(self.loader.batches(specs))
-            for start in range(0, len(specs), accumulation):
-                size = len(specs[start : start + accumulation])
-                yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
-                done += 1
-
-    def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Put batches on the device, with latents."""
-        for batch in batches:
-            moved = batch.to(self.accelerator.device)
-            if moved.latents is None:
-                assert moved.pixels is not None
-                moved = replace(moved, latents=self._encode_images(moved.pixels), pixels=None)
-            yield moved
 
     def _save(self, point: SavePoint, step: StepResult) -> None:
         output = self.config.output
@@ -318,24 +269,14 @@ def _accelerator(config: RunConfig) -> Accelerator:
             "fp16 needs a GPU, and this machine has none",
             "use --mixed_precision bf16 or no",
         )
+    # accelerate keeps one state for the process; a second run may want another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     if accelerator.num_processes > 1:
         raise TrainingError(
             f"{accelerator.num_processes} processes were launched; this version trains with one"
         )
     return accelerator
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a piece of work is that counts its done and total items."""
-    with tqdm(desc=title, unit="", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _status(error: BaseException | None, exit_code: int) -> str:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from sdxl_train.checkpoint import write_atomically
-from sdxl_train.config import Resolver
 from sdxl_train.errors import UserError
 from sdxl_train.registry import Registry
+from sdxl_train.resolve import Resolver
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,8 +27,6 @@ def write_settings(path: Path, settings: Mapping[str, Setting], host: PluginHost
     Raises:
         UserError: If an option is wrong, or the file exists.
     """
-    if path.suffix != ".toml":
-        path = path.with_name(f"{path.name}.toml")
     if path.exists():
         raise UserError.of("--config_file", f"{path} exists already", "name another file")
     resolution = Resolver(settings, host, Registry(host)).resolve()

@@ -1,0 +1,123 @@
+"""The batches of every step, on the device and with latents; caches filled before."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from sdxl_train.data.cache import LatentCache, TextCache
+from sdxl_train.data.loader import BatchLoader, PixelLoader
+from sdxl_train.loop import StepBatches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+    from sdxl_train.components import LoadedModel
+    from sdxl_train.data.batches import Batch
+    from sdxl_train.preflight import Prepared
+
+_CAPTIONS_AT_ONCE = 8
+
+
+class Supply:
+    """Feeds a run with data.
+
+    Args:
+        prepared: The run.
+        model: Encodes images and captions.
+        device: Where the batches are wanted.
+        autocast: The precision in which captions are encoded.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        model: LoadedModel,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.prepared = prepared
+        self.options = prepared.config.dataset
+        self.model = model
+        self.device = device
+        self.autocast = autocast
+        self._pixels = PixelLoader(
+            prepared.batches.datasets,
+            num_workers=self.options.max_data_loader_n_workers,
+            persistent_workers=self.options.persistent_data_loader_workers,
+        )
+        self._loader = BatchLoader(
+            prepared.batches, self._pixels, prior_loss_weight=self.options.prior_loss_weight
+        )
+
+    def fill_caches(self) -> None:
+        """Fill the caches that the options ask for, then free what only they needed."""
+        datasets = self.prepared.batches.datasets
+        if self.options.cache_latents:
+            self._loader.latents = LatentCache(datasets)
+            with _progress("caching latents") as progress:
+                self._loader.latents.fill(
+                    self._pixels,
+                    self._encode_images,
+                    batch_size=self.options.vae_batch_size,
+                    progress=progress,
+                )
+            self._pixels.close()
+            self.model.release_image_encoder()
+        if self.options.cache_text_encoder_outputs:
+            self._loader.text = TextCache(datasets)
+            with _progress("caching text encoder outputs") as progress, self.autocast():
+                self._loader.text.fill(
+                    self.model.encode_text, batch_size=_CAPTIONS_AT_ONCE, progress=progress
+                )
+            self.model.release_text_encoders()
+
+    def steps(self) -> Iterator[StepBatches]:
+        """Give the batches of every step: whole epochs, the last one cut at the total."""
+        counts = self.prepared.counts
+        accumulation = self.prepared.config.training.gradient_accumulation_steps
+        done = 0
+        for epoch in range(1, counts.epochs + 1):
+            specs = self.prepared.batches.epoch(epoch)[: (counts.total - done) * accumulation]
+            batches = self._ready(self._loader.batches(specs))
+            for start in range(0, len(specs), accumulation):
+                size = len(specs[start : start + accumulation])
+                yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
+                done += 1
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pixels.close()
+
+    def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            moved = batch.to(self.device)
+            if moved.latents is None:
+                assert moved.pixels is not None
+                moved = replace(moved, latents=self._encode_images(moved.pixels), pixels=None)
+            yield moved
+
+    def _encode_images(self, images: Tensor) -> Tensor:
+        """Encode as many images at a time as ``vae_batch_size`` allows."""
+        parts = torch.split(images, self.options.vae_batch_size)
+        with torch.no_grad():
+            return torch.cat([self.model.encode_images(part.to(self.device)) for part in parts])
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far a piece of work is that counts its done and total items."""
+    with tqdm(desc=title, unit="", disable=None) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -277,7 +277,7 @@ class Scheduler(Component):
     """A learning-rate schedule, counted in optimizer steps."""
 
     lr_warmup_steps: StepsOrShare = Field(
-        0, description="Warm-up: optimizer steps, a share below 1, or a percentage (10%%)."
+        0, description="Warm-up: optimizer steps, a share below 1, or a percentage (10%)."
     )
 
     @abstractmethod

@@ -48,3 +48,7 @@ class UserError(SdxlTrainError):
 
 class TrainingError(SdxlTrainError):
     """The run failed while running, for a reason that its message names. Exit code 1."""
+
+
+class PluginError(SdxlTrainError):
+    """A plugin cannot be used; the message says which, of what distribution, and why."""

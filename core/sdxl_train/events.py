@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.blame import blame
 from sdxl_train.errors import SdxlTrainError
-from sdxl_train.hookspecs import EVENTS, PROJECT, hookimpl
+from sdxl_train.hookspecs import EVENTS, hookimpl
+from sdxl_train.loading import Implementations, signature_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,15 +22,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Methods:
-    """The event methods of one observer; registered in its place, see ``plugins._Impls``."""
-
-
 class Events:
     """The events of one run.
 
-    An observer that raises is reported once, counted, and not asked again; with ``strict`` the
-    exception ends the run instead.
+    An observer that raises is reported once and not asked again; with ``strict`` the exception
+    ends the run instead.
+
+    Attributes:
+        failures: What went wrong, by the name of the plugin or ``observer NAME``.
     """
 
     def __init__(
@@ -45,63 +45,75 @@ class Events:
         """Register the object that an Observer component built.
 
         Raises:
-            SdxlTrainError: If none of its methods is an event, or one looks like a misspelt event.
+            SdxlTrainError: If none of its methods is an event, one looks like a misspelt event, or
+                one wants arguments that its event does not have.
         """
-        methods = _Methods()
-        public = [
-            attribute
-            for attribute in dir(observer)
-            if not attribute.startswith("_") and callable(getattr(observer, attribute))
-        ]
-        heard = [attribute for attribute in public if attribute in EVENTS]
-        for attribute in set(public) - set(heard):
-            meant = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.8)
-            if meant:
-                raise SdxlTrainError(
-                    f"observer '{name}' has a method {attribute}; did you mean {meant[0]}?"
-                )
-        if not heard:
-            raise SdxlTrainError(
-                f"observer '{name}' ({type(observer).__name__}) has no event method; "
-                f"events are {', '.join(EVENTS)}"
-            )
-        for attribute in heard:
-            setattr(methods, attribute, _marked(getattr(observer, attribute)))
-        self.manager.register(methods, name=f"observer {name}")
+        implementations = Implementations()
+        for event in _events_of(name, observer):
+            method = getattr(observer, event)
+            fault = signature_fault(event, method)
+            if fault:
+                raise SdxlTrainError(f"observer '{name}': {fault}")
+            setattr(implementations, event, _marked(method))
         self._observers.append(f"observer {name}")
+        self.manager.register(implementations, name=f"observer {name}")
 
     def tell(self, event: str, **arguments: Any) -> None:
-        """Call every implementation of an event, in order of plugin name."""
+        """Call every implementation of an event: those of plugins first, then the observers.
+
+        Within each, the order is that of enabling and of adding.
+        """
         for impl in getattr(self.manager.hook, event).get_hookimpls():
             if impl.plugin_name in self.failures:
                 continue
             try:
                 impl.function(*(arguments[name] for name in impl.argnames))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 # Whatever an observer does, the weights and the run's end are not its business.
                 blame(error, self.plugins)
-                if self.strict:
+                # A run that has failed already ends with its own error.
+                if self.strict and arguments.get("error") is None:
                     raise
                 self.failures[impl.plugin_name] = f"{event}: {type(error).__name__}: {error}"
                 logger.warning(
-                    "%s failed in %s and is left out from here on: %s: %s",
+                    "%s failed in %s and is left out from here on: %s",
                     impl.plugin_name,
                     event,
-                    type(error).__name__,
-                    error,
+                    "; ".join([f"{type(error).__name__}: {error}", *_notes(error)]),
                     exc_info=logger.isEnabledFor(logging.DEBUG),
                 )
 
     def close(self) -> None:
         """Take the observers of this run off the manager."""
-        for name in self._observers:
-            self.manager.unregister(name=name)
+        while self._observers:
+            self.manager.unregister(name=self._observers.pop())
+
+
+def _events_of(name: str, observer: object) -> list[str]:
+    """Give the events that an object listens to, refusing what it would never hear."""
+    public = [
+        attribute
+        for attribute in dir(observer)
+        if not attribute.startswith("_") and callable(getattr(observer, attribute))
+    ]
+    for attribute in public:
+        near = difflib.get_close_matches(attribute, EVENTS, n=1, cutoff=0.8)
+        if near and attribute not in EVENTS:
+            raise SdxlTrainError(
+                f"observer '{name}' has a method {attribute}, which is no event; "
+                f"did you mean {near[0]}?"
+            )
+    heard = [attribute for attribute in public if attribute in EVENTS]
+    if not heard:
+        raise SdxlTrainError(
+            f"observer '{name}' ({type(observer).__name__}) has no method that is an event; "
+            f"events are {', '.join(EVENTS)}"
+        )
+    return heard
 
 
 def _marked(method: Callable[..., object]) -> Callable[..., object]:
     """Mark a bound method as a hook implementation, as ``@hookimpl`` would."""
-    if hasattr(method, f"{PROJECT}_impl"):
-        return method
 
     # A bound method cannot carry the marker; the wrapper keeps its argument names for pluggy.
     @wraps(method)
@@ -109,3 +121,7 @@ def _marked(method: Callable[..., object]) -> Callable[..., object]:
         return method(*arguments)
 
     return hookimpl(implementation)
+
+
+def _notes(error: BaseException) -> list[str]:
+    return list(getattr(error, "__notes__", []))

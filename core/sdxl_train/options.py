@@ -1,29 +1,44 @@
 """Option models turned into flags, TOML keys, checks, help and schema.
 
 The one declaration of an option is a field of an :class:`~sdxl_train.components.OptionModel`.
-Everything a user sees of it is derived here.
+Everything a user sees of it is derived here. A rule that makes a value of what is written, such as
+``10%``, belongs into the field's type (``Annotated`` with a validator): validators of the model see
+finished values only.
 """
 
 from __future__ import annotations
 
 import ast
-import difflib
+import contextlib
 import json
+import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticUndefined
 
+from sdxl_train.components import KINDS, OptionModel
 from sdxl_train.errors import Problem
+from sdxl_train.wording import branches, choices, describe, nearest, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from pydantic.fields import FieldInfo
 
-    from sdxl_train.components import OptionModel
+__all__ = [
+    "Option",
+    "Setting",
+    "Words",
+    "nearest",
+    "options_of",
+    "parse_pairs",
+    "suggestion",
+    "validate",
+]
 
 
 @dataclass(frozen=True)
@@ -64,10 +79,18 @@ class Option:
         """The pydantic field behind it."""
         return self.owner.model_fields[self.name]
 
+    @cached_property
+    def args(self) -> str | None:
+        """The option whose ``key=value`` words it is one of; None for a flag of its own."""
+        for kind in KINDS:
+            if kind.args and issubclass(self.owner, kind.base):
+                return None if self.name in kind.base.model_fields else kind.args
+        return None
+
     @property
     def flag(self) -> str:
-        """The flag as typed."""
-        return f"--{self.name}"
+        """How it is given: ``--seed``, ``--network_args conv_dim``."""
+        return f"--{self.args} {self.name}" if self.args else f"--{self.name}"
 
     @property
     def required(self) -> bool:
@@ -82,7 +105,7 @@ class Option:
     @property
     def default(self) -> Any:
         """Its default, or None where it is required."""
-        value = self.field.get_default(call_default_factory=True)
+        value = self.field.get_default(call_default_factory=True, validated_data={})
         return None if value is PydanticUndefined else value
 
     @cached_property
@@ -94,15 +117,20 @@ class Option:
         """JSON schema of its value."""
         return self._adapter.json_schema()
 
-    @property
+    @cached_property
     def is_switch(self) -> bool:
         """Whether the flag stands alone: ``--sdpa``."""
-        return any(branch.get("type") == "boolean" for branch in _branches(self.schema))
+        return any(branch.get("type") == "boolean" for branch in branches(self.schema))
 
-    @property
+    @cached_property
     def is_list(self) -> bool:
         """Whether the flag takes several words."""
-        return any(branch.get("type") == "array" for branch in _branches(self.schema))
+        return any(branch.get("type") == "array" for branch in branches(self.schema))
+
+    @cached_property
+    def is_nullable(self) -> bool:
+        """Whether it may be unset."""
+        return {"type": "null"} in self.schema.get("anyOf", ())
 
     @property
     def expected(self) -> str:
@@ -113,50 +141,106 @@ class Option:
         """Turn a given value into the option's own type.
 
         Words of the command line are read leniently (``1e-4`` is text there by nature), values of
-        TOML strictly: ``"1e-4"`` in quotes is not a number.
+        TOML strictly: ``"1e-4"`` in quotes is not a number. In paths, ``~`` and environment
+        variables are put in.
 
         Raises:
             ValueError: With what was expected, if the value does not fit.
         """
         try:
             if isinstance(value, Words):
-                return self._parse_words(value.words)
-            return self._adapter.validate_json(json.dumps(value, default=str), strict=True)
+                parsed = self._parse_words(value.words)
+            else:
+                parsed = self._parse_value(value)
         except ValidationError as error:
             raise ValueError(self._complaint(value, error)) from None
+        if isinstance(parsed, Path):
+            return self._expanded(parsed, value)
+        return parsed
 
     def _parse_words(self, words: tuple[str, ...]) -> Any:
-        if self.is_list and not (len(words) == 1 and _is_literal_list(words[0])):
-            return self._adapter.validate_python(self._items(words))
-        if not words and self.is_switch:
+        if self.is_switch and not words:
             return True
+        if self.is_list:
+            return self._parse_list(words)
         if len(words) != 1:
-            count = "no value" if not words else f"{len(words)} values"
-            raise ValueError(f"got {count} ({' '.join(words)}), expected {self.expected}")
-        (word,) = words
+            count = f"got {len(words)} values ({' '.join(words)})" if words else "got no value"
+            raise ValueError(f"{count}, expected {self.expected}")
+        return self._parse_word(words[0])
+
+    def _parse_word(self, word: str) -> Any:
+        if word == "None" and self.is_nullable:
+            return None
         try:
             return self._adapter.validate_python(word)
         except ValidationError:
             literal = _literal(word)
-            if literal is _NO_LITERAL:
+            # To Python True is the number 1; to the user it is a mistake.
+            if literal is _NO_LITERAL or isinstance(literal, bool):
                 raise
             return self._adapter.validate_python(literal)
 
-    def _items(self, words: tuple[str, ...]) -> list[str]:
-        items = next(b for b in _branches(self.schema) if b.get("type") == "array").get("items", {})
-        if items.get("type") in ("number", "integer"):
-            return [item for word in words for item in word.split(",") if item.strip()]
-        return list(words)
+    def _parse_list(self, words: tuple[str, ...]) -> Any:
+        literal = _literal(words[0]) if len(words) == 1 else None
+        if isinstance(literal, (list, tuple)):
+            with contextlib.suppress(ValidationError):
+                return self._adapter.validate_python(literal)
+        if self._takes_numbers:
+            words = tuple(item for word in words for item in word.split(",") if item.strip())
+        return self._adapter.validate_python(list(words))
+
+    @cached_property
+    def _takes_numbers(self) -> bool:
+        array = next(branch for branch in branches(self.schema) if branch.get("type") == "array")
+        items = [*array.get("prefixItems", ()), array.get("items", {})]
+        return any(item.get("type") in ("integer", "number") for item in items)
+
+    def _parse_value(self, value: object) -> Any:
+        try:
+            return self._validate_strictly(value)
+        except ValidationError:
+            # A list of one may be written without brackets, as on the command line.
+            if not self.is_list or isinstance(value, (list, tuple, dict)):
+                raise
+            return self._validate_strictly([value])
+
+    def _validate_strictly(self, value: object) -> Any:
+        return self._adapter.validate_json(json.dumps(value, default=str), strict=True)
+
+    def _expanded(self, path: Path, given: object) -> Path | None:
+        if str(given) == "":
+            if self.is_nullable:
+                return None
+            raise ValueError("is empty, expected a path")
+        return Path(os.path.expandvars(path)).expanduser()
 
     def _complaint(self, value: object, error: ValidationError) -> str:
         for detail in error.errors():
             if detail["type"] == "value_error":
                 return str(detail["ctx"]["error"])
-        shown = f"'{value}'" if isinstance(value, Words) else repr(value)
+        if isinstance(value, Words):
+            shown = f"'{value}'" if value.words else "nothing"
+        else:
+            shown = json.dumps(value, default=str, ensure_ascii=False)
         text = f"{shown} is not {self.expected}"
-        choices = [str(choice) for branch in _branches(self.schema) for choice in _choices(branch)]
-        near = nearest(str(value), choices)
-        return f"{text}; did you mean {near}?" if near else text
+        near = nearest(str(value), choices(self.schema))
+        if near:
+            return f"{text}; did you mean {near}?"
+        return f"{text}; write it without quotes" if self._fits_unquoted(value) else text
+
+    def _fits_unquoted(self, value: object) -> bool:
+        if not isinstance(value, str):
+            return False
+        try:
+            self._parse_words((value,))
+        except ValueError:
+            return False
+        return True
+
+
+@cache
+def _options_of(model: type[OptionModel]) -> dict[str, Option]:
+    return {name: Option(name, model) for name in model.model_fields}
 
 
 def options_of(
@@ -166,8 +250,8 @@ def options_of(
 
     With ``inherited_from``, only those that the model declares itself.
     """
-    inherited = set(inherited_from.model_fields) if inherited_from else set()
-    return {name: Option(name, model) for name in model.model_fields if name not in inherited}
+    inherited = inherited_from.model_fields if inherited_from else ()
+    return {name: opt for name, opt in _options_of(model).items() if name not in inherited}
 
 
 def validate(
@@ -180,32 +264,42 @@ def validate(
     contradict one another.
     """
     values: dict[str, Any] = {}
-    complete = True
+    is_complete = True
     for name, option in options_of(model).items():
-        if name in settings:
-            try:
+        try:
+            if name in settings:
                 values[name] = option.parse(settings[name].value)
-                continue
-            except ValueError as error:
-                problems.append(Problem(place=settings[name].place, message=str(error)))
-                complete = complete and not option.required
-                continue
-        if option.required:
-            complete = False
-            problems.append(
-                Problem(place=option.flag, message=f"is required: {option.help}", remedy="set it")
-            )
-    if not complete:
+            elif option.required:
+                is_complete = False
+                message = f"is required: {option.help}"
+                problems.append(Problem(place=option.flag, message=message))
+        except ValueError as error:
+            is_complete = is_complete and not option.required
+            problems.append(Problem(place=settings[name].place, message=str(error)))
+    if not is_complete:
         return None
     try:
         return model(**values)
     except ValidationError as error:
         for detail in error.errors():
-            where = [settings[str(part)].place for part in detail["loc"] if str(part) in settings]
-            place = where[0] if where else ", ".join(f"--{name}" for name in values)
-            message = str(detail.get("ctx", {}).get("error", detail["msg"]))
-            problems.append(Problem(place=place, message=message))
+            problems.append(
+                Problem(
+                    place=_place_of(detail["loc"], model, settings),
+                    message=str(detail.get("ctx", {}).get("error", detail["msg"])),
+                )
+            )
         return None
+
+
+def _place_of(
+    location: tuple[int | str, ...], model: type[OptionModel], settings: Mapping[str, Setting]
+) -> str:
+    """Give the place of a field, or where the model as a whole is wrong, of all that was given."""
+    known = options_of(model)
+    if location and str(location[0]) in known:
+        name = str(location[0])
+        return settings[name].place if name in settings else known[name].flag
+    return ", ".join(settings[name].place for name in known if name in settings)
 
 
 def parse_pairs(
@@ -213,111 +307,38 @@ def parse_pairs(
 ) -> dict[str, Setting]:
     """Read ``key=value`` words, as ``--network_args`` takes them.
 
-    A value may hold ``=`` and commas; keys are case-sensitive as in sd-scripts.
+    A value may hold ``=`` and commas, and may be quoted; keys are case-sensitive as in sd-scripts.
     """
     settings: dict[str, Setting] = {}
     for word in words:
         key, equals, value = word.partition("=")
         key = key.strip().replace("-", "_")
         if not equals or not key:
+            message, remedy = f"{word!r} is not key=value", "write for example conv_dim=8"
+            problems.append(Problem(place=place, message=message, remedy=remedy))
+        elif key in settings:
             problems.append(
-                Problem(
-                    place=place,
-                    message=f"{word!r} is not key=value",
-                    remedy="write for example conv_dim=8",
-                )
+                Problem(place=f"{place} {key}", message="stands twice", remedy="remove one of them")
             )
-            continue
-        settings[key] = Setting(
-            value=Words((_unquote(value.strip()),)), place=f"{place} {key}", origin=origin
-        )
+        else:
+            settings[key] = Setting(
+                value=Words((_unquoted(value.strip()),)), place=f"{place} {key}", origin=origin
+            )
     return settings
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """Give the candidate that ``name`` was probably meant to be."""
-    by_plain = {candidate.replace("-", "_").lower(): candidate for candidate in candidates}
-    found = difflib.get_close_matches(name.replace("-", "_").lower(), by_plain, n=1, cutoff=0.6)
-    return by_plain[found[0]] if found else None
-
-
-def suggestion(name: str, candidates: Sequence[str]) -> str:
-    """Give the remedy for an unknown name: the nearest one, or all of them if they are few."""
-    near = nearest(name, candidates)
-    if near:
-        return f"did you mean {near}?"
-    if candidates and len(candidates) <= 12:
-        return f"known are {', '.join(sorted(candidates))}"
-    return ""
-
-
-def describe(schema: Mapping[str, Any]) -> str:
-    """Put a JSON schema of one value into words."""
-    return " or ".join(dict.fromkeys(_describe_branch(branch) for branch in _branches(schema)))
-
-
-_TYPE_WORDS = {
-    "integer": "a whole number",
-    "number": "a number",
-    "boolean": "true or false",
-    "string": "text",
-    "object": "a table",
-}
-_BOUNDS = (
-    ("minimum", ">="),
-    ("exclusiveMinimum", ">"),
-    ("maximum", "<="),
-    ("exclusiveMaximum", "<"),
-)
-
-
-def _describe_branch(branch: Mapping[str, Any]) -> str:
-    choices = _choices(branch)
-    if choices:
-        listed = ", ".join(str(choice) for choice in choices)
-        return f"one of {listed}" if len(choices) > 1 else listed
-    kind = branch.get("type")
-    if kind == "array":
-        if "prefixItems" in branch:
-            return f"{len(branch['prefixItems'])} values"
-        items = describe(branch.get("items", {}))
-        return f"a list of {items.removeprefix('a ')}" if items else "a list"
-    if branch.get("format") == "path":
-        return "a path"
-    bounds = " and ".join(f"{sign} {branch[key]:g}" for key, sign in _BOUNDS if key in branch)
-    return f"{_TYPE_WORDS.get(str(kind), 'a value')} {bounds}".strip()
-
-
-def _branches(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    if "anyOf" in schema:
-        for branch in schema["anyOf"]:
-            yield from _branches(branch)
-    elif schema.get("type") != "null":
-        yield schema
-
-
-def _choices(branch: Mapping[str, Any]) -> list[Any]:
-    if "const" in branch:
-        return [branch["const"]]
-    return list(branch.get("enum", []))
 
 
 _NO_LITERAL = object()
 
 
 def _literal(word: str) -> object:
-    """Read Python's notation, which sd-scripts users write: ``None``, ``(0.9, 0.999)``."""
+    """Read Python's notation, which sd-scripts users write: ``1e3``, ``(0.9, 0.999)``."""
     try:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return _NO_LITERAL
 
 
-def _is_literal_list(word: str) -> bool:
-    return word[:1] in ("[", "(")
-
-
-def _unquote(text: str) -> str:
+def _unquoted(text: str) -> str:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
         return text[1:-1]
     return text

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdxl_train.components import KINDS, Component, Kind
+from sdxl_train.errors import PluginError
+from sdxl_train.loading import component_fault
 from sdxl_train.options import Option, options_of, suggestion
-from sdxl_train.plugins import BUILTIN, PluginError
+from sdxl_train.plugins import BUILTIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,20 +45,12 @@ class Entry:
     @property
     def flags(self) -> dict[str, Option]:
         """The options of this component that are flags and top-level TOML keys."""
-        if self.kind.args is None:
-            return options_of(self.component)
-        return {
-            name: option
-            for name, option in options_of(self.component).items()
-            if name in self.kind.base.model_fields
-        }
+        return {name: opt for name, opt in options_of(self.component).items() if not opt.args}
 
     @property
     def args(self) -> dict[str, Option]:
         """The options that are ``key=value`` words of the kind's args option."""
-        if self.kind.args is None:
-            return {}
-        return options_of(self.component, inherited_from=self.kind.base)
+        return {name: opt for name, opt in options_of(self.component).items() if opt.args}
 
 
 class UnknownNameError(PluginError):
@@ -103,24 +97,27 @@ class Registry:
         if colon:
             return self._qualified(kind, plugin_name, bare)
         here = _named(self.entries(kind), name)
-        if len(here) == 1:
-            return here[0]
+        if not here:
+            rest = [e for plugin in self.host.load_rest() for e in _entries(plugin, kind)]
+            here = _named(rest, name)
+        if len(here) > 1:
+            choices = " or ".join(entry.qualified for entry in here)
+            raise UnknownNameError(
+                f"{len(here)} plugins provide the {kind.name} '{name}'; write {choices}"
+            )
         if here:
-            raise UnknownNameError(_ambiguous(kind, name, here))
-        elsewhere = [
-            entry
-            for plugin in self.host.load_rest()
-            for entry in _named(_entries(plugin, kind), name)
-        ]
-        if len(elsewhere) == 1:
-            self.host.enable(elsewhere[0].plugin)
-            logger.info("plugin '%s' enabled: it provides %s", elsewhere[0].plugin, name)
-            return elsewhere[0]
-        if elsewhere:
-            raise UnknownNameError(_ambiguous(kind, name, elsewhere))
+            return self._enabled(here[0])
         if "." in name:
-            return _imported(kind, name)
+            return self._imported(kind, name)
         raise UnknownNameError(self._unknown(kind, name))
+
+    def _enabled(self, entry: Entry) -> Entry:
+        if entry.plugin not in self.host.enabled:
+            plugin = self.host.enable(entry.plugin)
+            logger.info(
+                "plugin %s enabled: it provides %s %s", plugin.found, entry.kind.name, entry.name
+            )
+        return entry
 
     def _qualified(self, kind: Kind, plugin_name: str, name: str) -> Entry:
         plugin = self.host.enable(plugin_name)
@@ -130,6 +127,27 @@ class Registry:
             hint = suggestion(name, offered) or f"it provides none of kind {kind.name}"
             raise UnknownNameError(f"plugin '{plugin_name}' has no {kind.name} '{name}'; {hint}")
         return found[0]
+
+    def _imported(self, kind: Kind, path: str) -> Entry:
+        """Load the class that a dotted path names."""
+        module_name, _, class_name = path.rpartition(".")
+        try:
+            component = getattr(importlib.import_module(module_name), class_name)
+        except (Exception, SystemExit) as error:
+            # The user's own module may fail in any way.
+            raise UnknownNameError(
+                f"{self._unknown(kind, path)}; nor can it be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not (isinstance(component, type) and issubclass(component, kind.base)):
+            raise UnknownNameError(
+                f"{path} is not a subclass of sdxl_train.{kind.base.__name__}, "
+                f"so it cannot serve as {kind.name}"
+            )
+        fault = component_fault(component)
+        if fault:
+            raise UnknownNameError(f"{path} cannot serve as {kind.name}: {fault}")
+        return Entry(kind=kind, name=path, component=component, plugin=module_name)
 
     def _unknown(self, kind: Kind, name: str) -> str:
         installed = [*self.host.enabled.values(), *self.host.load_rest()]
@@ -149,26 +167,10 @@ def _entries(plugin: LoadedPlugin, kind: Kind) -> list[Entry]:
 
 
 def _named(entries: list[Entry], name: str) -> list[Entry]:
-    exact = [entry for entry in entries if entry.name == name]
-    return exact or [entry for entry in entries if entry.name.lower() == name.lower()]
-
-
-def _ambiguous(kind: Kind, name: str, entries: list[Entry]) -> str:
-    choices = " or ".join(entry.qualified for entry in entries)
-    return f"{len(entries)} plugins provide the {kind.name} '{name}'; write {choices}"
-
-
-def _imported(kind: Kind, path: str) -> Entry:
-    module_name, _, class_name = path.rpartition(".")
-    try:
-        component = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise UnknownNameError(
-            f"no {kind.name} is called '{path}', and it cannot be imported: {error}"
-        ) from error
-    if not (isinstance(component, type) and issubclass(component, kind.base)):
-        raise UnknownNameError(
-            f"{path} is not a subclass of sdxl_train.{kind.base.__name__}, "
-            f"so it cannot serve as {kind.name}"
-        )
-    return Entry(kind=kind, name=path, component=component, plugin=module_name)
+    """Give the entry of each plugin that has the name; case matters only within a plugin."""
+    found: dict[str, Entry] = {}
+    for entry in entries:
+        is_exact = entry.name == name
+        if is_exact or (entry.name.lower() == name.lower() and entry.plugin not in found):
+            found[entry.plugin] = entry
+    return list(found.values())

@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 REPEATABLE = ("plugin", *(kind.selector for kind in KINDS if kind.stacked))
-"""Options whose values add up when the flag is given again; of others the last one wins."""
+"""Options whose values add up when they are given again; of others the last one wins."""
 
 _TABLES = tuple(kind.args for kind in KINDS if kind.args)
+_PLURALS = {"plugins": "plugin"}
+"""The key of a list reads better in the plural."""
+_NOT_IN_FILES = ("config_file", "output_config")
 
 
 def from_words(
@@ -24,26 +27,23 @@ def from_words(
 ) -> tuple[dict[str, Setting], list[Setting]]:
     """Read a command line.
 
-    A flag owns the words up to the next flag, so reading needs no knowledge of the flags. Hyphens
-    and underscores are the same.
+    A flag owns the words up to the next flag, so reading needs no knowledge of the flags, and
+    ``-1`` is a value. Hyphens and underscores in the name of a flag are the same.
 
     Returns:
         The settings by option name, and the words before the first flag.
-
-    Raises:
-        UserError: If a word looks like a flag but is none, such as ``-x``.
     """
-    settings: dict[str, Setting] = {}
     leading, groups = _flag_groups(words)
+    settings: dict[str, Setting] = {}
     for flag, values in groups:
-        name = flag.removeprefix("--").replace("-", "_")
+        name = _normal(flag.removeprefix("--"))
         given = Words(tuple(values))
         before = settings.get(name)
         if before is not None and isinstance(before.value, Words):
             if name in REPEATABLE:
                 given = Words((*before.value.words, *given.words))
             else:
-                notices.append(f"{flag} is given twice; '{given}' wins over '{before.value}'")
+                notices.append(f"{flag} is given twice: '{given}' wins over '{before.value}'")
         settings[name] = Setting(value=given, place=flag, origin="command line")
     return settings, [
         Setting(value=Words((word,)), place=repr(word), origin="command line") for word in leading
@@ -70,26 +70,23 @@ def from_file(path: Path) -> dict[str, Setting]:
     Raises:
         UserError: If the file cannot be read, or an option stands in it twice.
     """
-    if path.suffix != ".toml":
-        path = path.with_name(f"{path.name}.toml")
     document, lines = read_toml(path)
     settings: dict[str, Setting] = {}
     problems: list[Problem] = []
     for keys, value in _leaves(document):
-        name = str(keys[-1]).replace("-", "_")
+        name = _normal(str(keys[-1]))
+        name = _PLURALS.get(name, name)
         line = lines.get(keys)
-        where = f"{path}:{line}" if line else str(path)
-        dotted = ".".join(str(key) for key in keys)
+        origin = f"{path}:{line}" if line else str(path)
+        place = f"{origin} {'.'.join(str(key) for key in keys)}"
         if name in settings:
-            problems.append(
-                Problem(
-                    place=f"{where} {dotted}",
-                    message=f"stands twice, before at {settings[name].place}",
-                    remedy="remove one of them",
-                )
-            )
-            continue
-        settings[name] = Setting(value=value, place=f"{where} {dotted}", origin=where)
+            message, remedy = f"stands twice, before at {settings[name].place}", "remove one"
+            problems.append(Problem(place=place, message=message, remedy=remedy))
+        elif name in _NOT_IN_FILES:
+            message = "is for the command line only"
+            problems.append(Problem(place=place, message=message, remedy="remove it"))
+        else:
+            settings[name] = Setting(value=value, place=place, origin=origin)
     if problems:
         raise UserError(problems)
     return settings
@@ -97,8 +94,7 @@ def from_file(path: Path) -> dict[str, Setting]:
 
 def _leaves(table: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     for key, value in table.items():
-        is_group = isinstance(value, dict) and key.replace("-", "_") not in _TABLES
-        if is_group:
+        if isinstance(value, dict) and _normal(key) not in _TABLES:
             yield from _leaves(value, (*above, key))
         else:
             yield (*above, key), value
@@ -107,7 +103,7 @@ def _leaves(table: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[Key
 def from_mapping(options: Mapping[str, Any]) -> dict[str, Setting]:
     """Take options from Python; paths may be ``Path`` objects."""
     return {
-        name: Setting(
+        _PLURALS.get(name, name): Setting(
             value=str(value) if isinstance(value, Path) else value,
             place=f"option {name}",
             origin="python",
@@ -116,34 +112,62 @@ def from_mapping(options: Mapping[str, Any]) -> dict[str, Setting]:
     }
 
 
-def merge(command_line: dict[str, Setting]) -> dict[str, Setting]:
+def config_path(setting: Setting) -> Path:
+    """Give the file that ``--config_file`` names; the ending ``.toml`` may be left out.
+
+    Raises:
+        UserError: If it names none, or several.
+    """
+    words = setting.value.words if isinstance(setting.value, Words) else (str(setting.value),)
+    if len(words) != 1 or not words[0]:
+        raise UserError.of(setting.place, f"got '{' '.join(words)}', expected one TOML file")
+    path = Path(words[0]).expanduser()
+    return path if path.suffix == ".toml" else path.with_name(f"{path.name}.toml")
+
+
+def is_on(setting: Setting | None) -> bool:
+    """Tell whether a flag that stands alone is given."""
+    return setting is not None and setting.value in (Words(()), Words(("true",)), True)
+
+
+def merge(command_line: dict[str, Setting], notices: list[str]) -> dict[str, Setting]:
     """Put the settings of ``--config_file``, if one is named, below those of the command line.
 
     Raises:
         UserError: As :func:`from_file`.
     """
     named = command_line.get("config_file")
-    if named is None or "output_config" in command_line:
+    # With output_config, the file is the one to write.
+    if named is None or is_on(command_line.get("output_config")):
         return command_line
-    value = named.value
-    text = value.words[0] if isinstance(value, Words) and value.words else str(value)
-    settings = from_file(Path(text).expanduser())
-    if "plugins" in settings:
-        # The key of a list reads better in the plural.
-        settings.setdefault("plugin", settings.pop("plugins"))
-    return {**settings, **_with_plugins_of_both(settings, command_line)}
+    settings = from_file(config_path(named))
+    for name, given in command_line.items():
+        below = settings.get(name)
+        if below is not None and name in REPEATABLE:
+            given = _joined(below, given)
+        elif below is not None and name in _TABLES:
+            notices.append(f"{given.place} replaces all of {below.place}")
+        settings[name] = given
+    return settings
 
 
-def _with_plugins_of_both(
-    file: Mapping[str, Setting], command_line: Mapping[str, Setting]
-) -> dict[str, Setting]:
-    """A plugin named on the command line joins those of the file; it does not replace them."""
-    merged = dict(command_line)
-    for name in REPEATABLE:
-        if name in file and name in merged and isinstance(merged[name].value, Words):
-            listed = file[name].value
-            before = [str(item) for item in listed] if isinstance(listed, list) else [str(listed)]
-            given = merged[name]
-            words = Words((*before, *given.value.words))  # type: ignore[attr-defined]
-            merged[name] = Setting(value=words, place=given.place, origin=given.origin)
-    return merged
+def _joined(below: Setting, above: Setting) -> Setting:
+    """Join the values of an option that adds up."""
+    texts = [text for setting in (below, above) for text in texts_of(setting)]
+    return Setting(
+        value=Words(tuple(texts)),
+        place=f"{below.place} and {above.place}",
+        origin=f"{below.origin} and {above.origin}",
+    )
+
+
+def texts_of(setting: Setting | None) -> list[str]:
+    """Give the values of an option that takes several texts."""
+    if setting is None:
+        return []
+    value = setting.value.words if isinstance(setting.value, Words) else setting.value
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+def _normal(name: str) -> str:
+    return name.replace("-", "_")

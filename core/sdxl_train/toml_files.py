@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tomli
 
 from sdxl_train.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KeyPath: TypeAlias = "tuple[str | int, ...]"
 """Keys and list positions from the root: ``("datasets", 0, "resolution")``."""
@@ -30,10 +32,11 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     try:
         return tomli.loads(text), _lines(text)
     except tomli.TOMLDecodeError as error:
-        line = text.splitlines()[error.lineno - 1] if error.lineno <= text.count("\n") + 1 else ""
+        # The fault may lie behind the last line.
+        line = next(iter(text.split("\n")[error.lineno - 1 :]), "")
         raise UserError.of(
             f"{path}:{error.lineno}:{error.colno}",
-            f"{error.msg}: {line.strip()}",
+            f"{error.msg}: {line.strip()}" if line else error.msg,
             _syntax_remedy(line),
         ) from None
 
@@ -71,7 +74,7 @@ def _lines(text: str) -> dict[KeyPath, int]:
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
     counts: dict[KeyPath, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         header = _HEADER.match(line)
         if header:
             table = _table_path(_parts(header[2]), counts, is_array=header[1] == "[[")

@@ -8,34 +8,39 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from sdxl_train._version import __version__
+from sdxl_train.blame import blame
 from sdxl_train.cli import components, plan, plugins, train
-from sdxl_train.cli.console import configure_logging, report
-from sdxl_train.cli.help import show_help, show_usage
+from sdxl_train.cli.console import configure_output, discard_output, report, warn
+from sdxl_train.cli.help import HINT, USAGE, command_help, training_help
+from sdxl_train.cli.invocation import Invocation
 from sdxl_train.errors import SdxlTrainError, UserError
+from sdxl_train.registry import Registry
 from sdxl_train.settings import from_words, merge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from sdxl_train.cli.invocation import Invocation
-
-CORE_COMMANDS: dict[str, Callable[[Invocation], int]] = {
-    "plan": plan.run,
-    "plugins": plugins.run,
-    "components": components.run,
+CORE_COMMANDS = {
+    "plan": plan.COMMAND,
+    "plugins": plugins.COMMAND,
+    "components": components.COMMAND,
 }
 """The commands of the framework itself. Plugins register the others."""
+
+_HELP = ("-h", "--help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sdxl-train`` with these words and give the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    configure_logging()
+    configure_output()
     if not words:
-        show_usage()
+        print(f"{USAGE}\n{HINT}", file=sys.stderr)
         return 2
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        sys.stdout.flush()
     except UserError as error:
         report(error)
         return 2
@@ -45,29 +50,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output has gone; that is its business.
-        sys.stderr.close()
+        discard_output()
         return 0
+    return code
 
 
 def _dispatch(words: list[str]) -> int:
-    from sdxl_train.cli.invocation import Invocation
-
-    command = words.pop(0) if not words[0].startswith("-") else None
     if words == ["--version"]:
-        from sdxl_train._version import __version__
-
         print(f"sdxl-train {__version__}")
         return 0
-    wants_help = any(word in ("-h", "--help") for word in words)
-    words = [word for word in words if word not in ("-h", "--help")]
+    command = None if words[0].startswith("-") else words.pop(0)
+    wants_help = any(word in _HELP for word in words)
     notices: list[str] = []
-    given, leading = from_words(words, notices)
-    if wants_help:
-        return show_help(command, Invocation(given, leading, notices), CORE_COMMANDS)
-    invocation = Invocation(merge(given), leading, notices)
+    given, leading = from_words([word for word in words if word not in _HELP], notices)
+    invocation = Invocation(given if wants_help else merge(given, notices), leading, notices)
+    try:
+        return _help(command, invocation) if wants_help else _run(command, invocation)
+    except Exception as error:
+        blame(error, invocation.host.enabled.values())
+        raise
+
+
+def _run(command: str | None, invocation: Invocation) -> int:
     if command is None:
         return train.run(invocation)
     if command in CORE_COMMANDS:
-        return CORE_COMMANDS[command](invocation)
-    return invocation.run_plugin_command(command, list(CORE_COMMANDS))
+        return CORE_COMMANDS[command].run(invocation)
+    entry = invocation.find_command(command, CORE_COMMANDS)
+    ready = invocation.build_command(entry)
+    warn(invocation.notices)
+    return ready.run()
+
+
+def _help(command: str | None, invocation: Invocation) -> int:
+    """Print the help of training, or of one command."""
+    if command in CORE_COMMANDS:
+        print(CORE_COMMANDS[command].usage)
+    elif command is not None:
+        print(command_help(invocation.find_command(command, CORE_COMMANDS)))
+    else:
+        # Help must help where a plugin is the trouble.
+        problems = invocation.enable_plugins()
+        print(training_help(Registry(invocation.host), CORE_COMMANDS))
+        warn(str(problem) for problem in problems)
+    return 0

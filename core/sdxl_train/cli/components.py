@@ -1,44 +1,61 @@
-"""``sdxl-train components [KIND[:NAME]] [--json] [--schema]``: what there is to choose from."""
+"""``sdxl-train components``: what there is to choose from."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import TYPE_CHECKING, Any
 
+from sdxl_train.cli.console import warn
+from sdxl_train.cli.help import component_lines
+from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.components import KINDS
-from sdxl_train.errors import UserError
+from sdxl_train.errors import PluginError, UserError
 from sdxl_train.options import suggestion
-from sdxl_train.plugins import PluginError
 from sdxl_train.registry import KIND_BY_NAME
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
     from sdxl_train.registry import Entry, Registry
 
+_SUMMARY = "List the components of the enabled plugins, with their options."
+_USAGE = f"""\
+usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json] [--schema]
+
+{_SUMMARY}
+
+  KIND            {", ".join(kind.name for kind in KINDS)}
+  KIND:NAME       one component with its options; NAME may be PLUGIN:NAME
+  --plugin NAME   enable it first, as a run would
+  --json          a list of objects: kind, name, plugin, default, chosen_by, description, options
+  --schema        an object of JSON schemas by PLUGIN:NAME"""
+
 
 def run(invocation: Invocation) -> int:
     """List components; one that is named is shown with its options."""
     as_json = invocation.take_switch("json")
     as_schema = invocation.take_switch("schema")
-    settings = sorted(set(invocation.settings) - {"plugin", "config_file"})
-    if settings:
-        raise UserError.of(f"--{settings[0]}", "is no option of sdxl-train components")
-    registry = invocation.enable_plugins()
-    words = [str(word.value) for word in invocation.leading]
+    invocation.refuse_flags("components", ["json", "schema"])
+    registry = invocation.registry()
+    warn(invocation.notices)
+    words = invocation.words
     entries = [entry for word in words or [""] for entry in _selected(registry, word)]
     if as_schema:
-        print(json.dumps({e.qualified: e.component.model_json_schema() for e in entries}, indent=2))
+        schemas = {entry.qualified: entry.component.model_json_schema() for entry in entries}
+        print(json.dumps(schemas, indent=2))
     elif as_json:
         print(json.dumps([_describe(entry) for entry in entries], indent=2, default=str))
     else:
-        in_full = any(":" in word for word in words)
-        _print_entries(entries, in_full=in_full)
+        print("\n".join(_listing(entries, in_full=any(":" in word for word in words))))
     return 0
 
 
+COMMAND = CoreCommand(run=run, summary=_SUMMARY, usage=_USAGE)
+
+
 def _selected(registry: Registry, word: str) -> list[Entry]:
-    kind_name, _, name = word.partition(":")
-    if not kind_name:
+    kind_name, colon, name = word.partition(":")
+    if not word:
         return list(registry.all_entries())
     kind = KIND_BY_NAME.get(kind_name)
     if kind is None:
@@ -47,7 +64,7 @@ def _selected(registry: Registry, word: str) -> list[Entry]:
             f"no kind is called '{kind_name}'",
             suggestion(kind_name, [kind.name for kind in KINDS]),
         )
-    if not name:
+    if not colon:
         return registry.entries(kind)
     try:
         return [registry.find(kind, name)]
@@ -61,14 +78,12 @@ def _describe(entry: Entry) -> dict[str, Any]:
         "name": entry.name,
         "plugin": entry.plugin,
         "default": entry.component.default,
-        "chosen_by": f"--{entry.kind.selector}" if entry.kind.selector else "command",
-        "description": _first_line(entry.component.__doc__),
+        "chosen_by": _chosen_by(entry),
+        "description": inspect.cleandoc(entry.component.__doc__ or ""),
         "options": [
             {
                 "name": option.name,
-                "given_as": f"--{option.name}"
-                if option.name in entry.flags
-                else f"--{entry.kind.args} {option.name}=",
+                "flag": option.flag,
                 "expects": option.expected,
                 "required": option.required,
                 "default": option.default,
@@ -79,21 +94,16 @@ def _describe(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _print_entries(entries: list[Entry], *, in_full: bool) -> None:
+def _chosen_by(entry: Entry) -> str:
+    return f"--{entry.kind.selector}" if entry.kind.selector else f"sdxl-train {entry.name}"
+
+
+def _listing(entries: list[Entry], *, in_full: bool) -> list[str]:
+    lines: list[str] = []
     kind = ""
     for entry in entries:
         if entry.kind.name != kind:
             kind = entry.kind.name
-            chosen = f"--{entry.kind.selector}" if entry.kind.selector else "sdxl-train NAME"
-            print(f"{kind} ({chosen})")
-        mark = "*" if entry.component.default else " "
-        print(f" {mark} {entry.name:<24} {_first_line(entry.component.__doc__)} [{entry.plugin}]")
-        if in_full:
-            for option in _describe(entry)["options"]:
-                default = "required" if option["required"] else f"default {option['default']}"
-                print(f"     {option['given_as']}  {option['expects']}, {default}")
-                print(f"         {option['description']}")
-
-
-def _first_line(text: str | None) -> str:
-    return (text or "").strip().partition("\n")[0]
+            lines.append(f"{kind} ({_chosen_by(entry)})" if entry.kind.selector else kind)
+        lines += component_lines(entry, in_full=in_full)
+    return lines

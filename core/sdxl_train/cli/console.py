@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from sdxl_train.errors import UserError
 
@@ -14,46 +16,54 @@ if TYPE_CHECKING:
     from sdxl_train.errors import SdxlTrainError
 
 
-class _Formatter(logging.Formatter):
-    """Plain text for information; the level in front of what is more."""
+class _Console(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at the time: tests and notebooks replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
+        """Give plain text for information, the level in front of what is more."""
         text = super().format(record)
         if record.levelno > logging.INFO:
             return f"{record.levelname.lower()}: {text}"
         return text
 
 
-def configure_logging() -> None:
-    """Send the log of the framework and its plugins to standard error."""
+def configure_output() -> None:
+    """Send the log to standard error, and let no character of a message stop the program."""
     root = logging.getLogger()
-    if not root.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Formatter("%(message)s"))
-        root.addHandler(handler)
+    if not any(isinstance(handler, _Console) for handler in root.handlers):
+        root.addHandler(_Console())
     for name in ("sdxl_train", "sdxl_lora_plugins"):
         logging.getLogger(name).setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A console of another encoding must not turn a message into a traceback.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def discard_output() -> None:
+    """Throw the rest of standard output away: its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report(error: SdxlTrainError) -> None:
     """Print what is wrong, each problem on its own, to standard error."""
-    if not isinstance(error, UserError):
-        _print_lines([f"error: {error}", *getattr(error, "__notes__", [])])
+    if isinstance(error, UserError):
+        count = len(error.problems)
+        print(
+            f"sdxl-train: {count} problem{'' if count == 1 else 's'}, nothing was started",
+            file=sys.stderr,
+        )
+        for problem in error.problems:
+            print(f"  {problem}".replace("\n", "\n  "), file=sys.stderr)
         return
-    count = len(error.problems)
-    head = "1 problem" if count == 1 else f"{count} problems"
-    lines = [f"sdxl-train: {head}, nothing was started"]
-    lines += [f"  {problem}".replace("\n", "\n  ") for problem in error.problems]
-    _print_lines(lines)
+    for line in (f"error: {error}", *getattr(error, "__notes__", [])):
+        print(line, file=sys.stderr)
 
 
 def warn(texts: Iterable[str]) -> None:
     """Print remarks to standard error."""
-    _print_lines(f"warning: {text}" for text in texts)
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    encoding = sys.stderr.encoding or "utf-8"
-    for line in lines:
-        # A console of another encoding must not turn a message into a traceback.
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)

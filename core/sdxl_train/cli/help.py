@@ -2,85 +2,169 @@
 
 from __future__ import annotations
 
+import inspect
+import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
+from sdxl_train.components import KINDS, Command
 from sdxl_train.config import CORE_OPTIONS
-from sdxl_train.options import Option, options_of
+from sdxl_train.options import options_of
 from sdxl_train.registry import KIND_BY_NAME
+from sdxl_train.wording import bounds, placeholder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
-    from sdxl_train.cli.invocation import Invocation
+    from sdxl_train.cli.invocation import CoreCommand
+    from sdxl_train.components import Kind, OptionModel
+    from sdxl_train.options import Option
+    from sdxl_train.registry import Entry, Registry
 
-_USAGE = """\
+USAGE = """\
 usage: sdxl-train --pretrained_model_name_or_path MODEL --train_data_dir DIR --output_dir DIR ...
        sdxl-train COMMAND [--help]
 
-Trains LoRA-family networks. Flags, dataset files and file names are those of sd-scripts.
+Trains LoRA-family networks. Flags, dataset files and file names are those of sd-scripts."""
+
+HINT = """\
 `sdxl-train --help` lists every flag, `sdxl-train demo` shows a whole run without any input."""
 
+_COLUMN = 34
+"""Where descriptions begin."""
 
-def show_usage() -> None:
-    """Print how to start."""
-    print(_USAGE)
+_HARD_SPACE = "\N{NO-BREAK SPACE}"
 
 
-def show_help(
-    command: str | None,
-    invocation: Invocation,
-    core_commands: Mapping[str, Callable[[Invocation], int]],
-) -> int:
-    """Print the help of training, or of one command."""
-    if command in core_commands and command != "plan":
-        module = __import__(f"sdxl_train.cli.{command}", fromlist=["__doc__"])
-        print(module.__doc__.strip())
-        return 0
-    if command is not None and command != "plan":
-        entry = invocation.find_command(command, list(core_commands))
-        positional = " ".join(f"[{name.upper()}]" for name in getattr(entry.component, "positional"))
-        print(f"usage: sdxl-train {entry.name} {positional} [options]\n")
-        print(textwrap.dedent(entry.component.__doc__ or "").strip())
-        _print_options("options", entry.flags.values())
-        return 0
-    registry = invocation.enable_plugins()
-    print(_USAGE)
-    commands = [*core_commands, *(e.name for e in registry.entries(KIND_BY_NAME["command"]))]
-    print(f"\ncommands: {', '.join(commands)}")
+def training_help(registry: Registry, core_commands: Mapping[str, CoreCommand]) -> str:
+    """Give the help of training: what every flag does, under its owner."""
+    lines = [USAGE, "", "Commands (sdxl-train COMMAND --help says more)"]
+    for name, command in core_commands.items():
+        lines += _row(name, command.summary)
+    for names, entry in _by_component(registry.entries(KIND_BY_NAME["command"])):
+        lines += _row(", ".join(names), _first_line(entry.component))
+    offered = {kind.selector: _choices(registry, kind) for kind in KINDS if kind.selector}
     for model in CORE_OPTIONS:
-        _print_options((model.__doc__ or "").strip().partition("\n")[0], options_of(model).values())
-    for entries in _by_component(registry.all_entries()):
-        entry = entries[0]
-        if entry.kind.selector and (entry.flags or entry.args):
-            names = ", ".join(entry.name for entry in entries)
-            mark = ", the default" if entry.component.default else ""
-            title = f"{entry.kind.name} {names} (plugin {entry.plugin}{mark})"
-            _print_options(title, entry.flags.values())
-            for option in entry.args.values():
-                _print_option(f"--{entry.kind.args} {option.name}=", option)
-    return 0
+        lines += ["", *_wrapped(_first_line(model).rstrip("."), "")]
+        for option in options_of(model).values():
+            lines += _option_rows(option, offered.get(option.name, ""))
+    for kind in KINDS:
+        if kind.selector:
+            lines += _kind_section(kind, registry)
+    return "\n".join(lines)
 
 
-def _by_component(entries: Iterable[object]) -> list[list[object]]:
-    grouped: dict[int, list[object]] = {}
+def command_help(entry: Entry) -> str:
+    """Give the help of a command that a plugin registers."""
+    command = entry.component
+    assert issubclass(command, Command)
+    positional = "".join(f" [{name.upper()}]" for name in command.positional)
+    lines = [f"usage: sdxl-train {entry.name}{positional} [options]", ""]
+    lines.append(inspect.cleandoc(command.__doc__ or ""))
+    if entry.flags:
+        lines += ["", "options"]
+    for option in entry.flags.values():
+        lines += _option_rows(option)
+    return "\n".join(lines)
+
+
+def component_lines(entry: Entry, *, in_full: bool) -> list[str]:
+    """Give a component in a line, or with all that it says of itself and its options."""
+    mark = ", the default" if entry.component.default else ""
+    lines = _row(entry.name, f"{_first_line(entry.component)} [{entry.plugin}{mark}]")
+    if in_full:
+        rest = inspect.cleandoc(entry.component.__doc__ or "").partition("\n")[2].strip()
+        lines += ["", *textwrap.indent(rest, "    ").split("\n")] if rest else []
+        lines.append("")
+        for option in (*entry.flags.values(), *entry.args.values()):
+            lines += _option_rows(option)
+    return lines
+
+
+def _kind_section(kind: Kind, registry: Registry) -> Iterator[str]:
+    """Give the options of a kind, once, and under each component its own."""
+    yield ""
+    yield from _wrapped(f"{_first_line(kind.base).rstrip('.')} (--{kind.selector})", "")
+    shared = kind.base.model_fields
+    for option in options_of(kind.base).values():
+        yield from _option_rows(option)
+    for names, entry in _by_component(registry.entries(kind)):
+        yield from _wrapped(
+            f"{', '.join(names)} [plugin {entry.plugin}]: {_first_line(entry.component)}", "  * "
+        )
+        for name, option in options_of(entry.component).items():
+            # What a component says anew about an option of its kind is worth repeating.
+            if name not in shared or repr(option.field) != repr(shared[name]):
+                yield from _option_rows(option)
+
+
+def _by_component(entries: Iterable[Entry]) -> Iterator[tuple[list[str], Entry]]:
+    """Put the names of one component together."""
+    grouped: dict[type[OptionModel], list[Entry]] = {}
     for entry in entries:
-        grouped.setdefault(id(entry.component), []).append(entry)  # type: ignore[attr-defined]
-    return list(grouped.values())
+        grouped.setdefault(entry.component, []).append(entry)
+    for same in grouped.values():
+        yield [entry.name for entry in same], same[0]
 
 
-def _print_options(title: str, options: Iterable[Option]) -> None:
-    print(f"\n{title}")
-    for option in options:
-        _print_option(option.flag, option)
+def _choices(registry: Registry, kind: Kind) -> str:
+    default = registry.default(kind)
+    names = ", ".join(entry.name for entry in registry.entries(kind))
+    return f"{names}; default {default.name}" if default and not kind.stacked else names
 
 
-def _print_option(written: str, option: Option) -> None:
-    expected = "" if option.is_switch and not option.default else f" {option.expected}"
-    print(f"  {written}{expected}")
-    text = option.help
+def _option_rows(option: Option, names: str = "") -> list[str]:
+    """Give the lines of an option; ``names`` are the components that it chooses from."""
+    value = "NAME" if names else placeholder(option.schema)
+    if option.args:
+        written = f"{option.flag}={value}"
+    elif option.is_switch and not option.default:
+        written = option.flag
+    else:
+        written = f"{option.flag} {value}"
+    facts = [names] if names else [_unbroken(fact) for fact in _facts(option)]
+    return _row(written, f"{option.help} [{', '.join(facts)}]" if facts else option.help)
+
+
+def _facts(option: Option) -> Iterator[str]:
+    limits = bounds(option.schema)
+    # That a count is not negative goes without saying.
+    if "<" in limits or "> " in limits:
+        yield limits
+    default = option.default
     if option.required:
-        text += " Required."
-    elif option.default not in (None, False, []):
-        text += f" Default: {option.default}."
-    print(textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        yield "required"
+    elif default not in (None, False, "", []):
+        is_sequence = isinstance(default, (list, tuple))
+        shown = ",".join(str(item) for item in default) if is_sequence else str(default)
+        yield f"default {shown.lower() if isinstance(default, bool) else shown}"
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", _HARD_SPACE)
+
+
+def _row(left: str, right: str) -> list[str]:
+    """Set a line in two columns, argparse's way."""
+    lines = _wrapped(right, " " * _COLUMN)
+    left = f"  {left}"
+    if len(left) > _COLUMN - 2:
+        return [left, *lines]
+    return [f"{left:<{_COLUMN}}{lines[0].strip()}", *lines[1:]] if lines else [left]
+
+
+def _wrapped(text: str, indent: str) -> list[str]:
+    width = min(max(shutil.get_terminal_size().columns, 80), 100)
+    lines = textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=" " * len(indent),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return [line.replace(_HARD_SPACE, " ") for line in lines]
+
+
+def _first_line(model: type[OptionModel]) -> str:
+    return inspect.cleandoc(model.__doc__ or "").partition("\n")[0]

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdxl_train.components import Command
-from sdxl_train.errors import Problem, UserError
+from sdxl_train.errors import PluginError, Problem, UserError
 from sdxl_train.options import Setting, Words, options_of, suggestion, validate
-from sdxl_train.plugins import PluginError, PluginHost
+from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import KIND_BY_NAME, Registry, UnknownNameError
+from sdxl_train.settings import texts_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from sdxl_train.registry import Entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreCommand:
+    """A command of the framework itself.
+
+    Attributes:
+        summary: What it does, in a line.
+        usage: Its help.
+    """
+
+    run: Callable[[Invocation], int]
+    summary: str
+    usage: str
 
 
 class Invocation:
@@ -38,13 +54,14 @@ class Invocation:
         """The plugins of this process; none is enabled yet."""
         return PluginHost()
 
-    def take(self, name: str) -> Setting | None:
-        """Take a setting out, so that it counts as consumed."""
-        return self.settings.pop(name, None)
+    @property
+    def words(self) -> list[str]:
+        """The words before the first flag, as typed."""
+        return [str(word.value) for word in self.leading]
 
     def take_switch(self, name: str) -> bool:
-        """Take a flag that stands alone."""
-        setting = self.take(name)
+        """Take out a flag that stands alone, so that it counts as consumed."""
+        setting = self.settings.pop(name, None)
         if setting is None:
             return False
         if setting.value not in (Words(()), True):
@@ -63,55 +80,73 @@ class Invocation:
                 for word in self.leading
             )
 
-    def enable_plugins(self) -> Registry:
-        """Enable the built-in plugin and those that ``--plugin`` names.
+    def refuse_flags(self, command: str, known: Iterable[str] = ()) -> None:
+        """Refuse every flag but those of the plugin host and the ``known`` ones.
 
-        Raises:
-            UserError: If one of them cannot be enabled.
+        Of a configuration file, the commands that use this take the plugins only.
         """
+        known = [*known, "plugin", "config_file"]
+        problems = [
+            _no_option(command, name, setting, known)
+            for name, setting in self.settings.items()
+            if name not in known and setting.origin == "command line"
+        ]
+        if problems:
+            raise UserError(problems)
+
+    def enable_plugins(self) -> list[Problem]:
+        """Enable the built-in plugin and those that ``--plugin`` names; give what is wrong."""
         problems: list[Problem] = []
         setting = self.settings.get("plugin")
-        names: list[tuple[str, str]] = []
-        if setting is not None:
-            words = setting.value.words if isinstance(setting.value, Words) else setting.value
-            listed: Sequence[object] = words if isinstance(words, (list, tuple)) else [words]
-            names = [(str(word), setting.place) for word in listed]
-        self.host.apply(names, problems)
+        place = setting.place if setting else "--plugin"
+        self.host.apply([(name, place) for name in texts_of(setting)], problems)
+        return problems
+
+    def registry(self) -> Registry:
+        """Enable the plugins and give their components.
+
+        Raises:
+            UserError: If one of the plugins cannot be enabled.
+        """
+        problems = self.enable_plugins()
         if problems:
             raise UserError(problems)
         return Registry(self.host)
 
-    def run_plugin_command(self, name: str, core_commands: Sequence[str]) -> int:
-        """Find the command that a plugin registers, give it its options, and run it."""
-        command = self.build_command(self.find_command(name, core_commands))
-        return command.run()
-
-    def find_command(self, name: str, core_commands: Sequence[str]) -> Entry:
+    def find_command(self, name: str, core_commands: Iterable[str]) -> Entry:
         """Find a plugin's command by name.
 
         Raises:
             UserError: If no plugin has it.
         """
-        registry = self.enable_plugins()
+        registry, kind = self.registry(), KIND_BY_NAME["command"]
         try:
-            return registry.find(KIND_BY_NAME["command"], name)
+            return registry.find(kind, name)
         except UnknownNameError as error:
-            known = [entry.name for entry in registry.entries(KIND_BY_NAME["command"])]
-            hint = suggestion(name, [*core_commands, *known])
-            raise UserError.of("command line", str(error), hint) from None
+            if ":" in name or "." in name:
+                raise UserError.of("command line", str(error)) from None
+            known = [*core_commands, *(entry.name for entry in registry.entries(kind))]
+            hint = suggestion(name, known) or "see `sdxl-train --help`"
+            raise UserError.of("command line", f"there is no command '{name}'", hint) from None
         except PluginError as error:
             raise UserError.of("command line", str(error)) from None
 
     def build_command(self, entry: Entry) -> Command:
-        """Build a command from the settings, positional words included.
+        """Build a plugin's command from the settings, positional words included.
 
         Raises:
             UserError: With everything that is wrong with them.
         """
         component = entry.component
         assert issubclass(component, Command)
-        settings = {name: value for name, value in self.settings.items() if name != "plugin"}
+        known = options_of(component)
+        settings: dict[str, Setting] = {}
         problems: list[Problem] = []
+        for name, setting in self.settings.items():
+            if name in known:
+                settings[name] = setting
+            elif name not in ("plugin", "config_file"):
+                problems.append(_no_option(entry.name, name, setting, list(known)))
         spare = list(self.leading)
         for name in component.positional:
             if spare and name not in settings:
@@ -120,17 +155,16 @@ class Invocation:
             Problem(place=f"sdxl-train {entry.name}", message=f"unexpected word {word.place}")
             for word in spare
         ]
-        known = options_of(component)
-        for name in sorted(set(settings) - set(known)):
-            problems.append(
-                Problem(
-                    place=settings.pop(name).place,
-                    message=f"is no option of sdxl-train {entry.name}",
-                    remedy=suggestion(name, list(known)),
-                )
-            )
         command = validate(component, settings, problems)
         if problems or command is None:
             raise UserError(problems)
         assert isinstance(command, Command)
         return command
+
+
+def _no_option(command: str, name: str, setting: Setting, known: Sequence[str]) -> Problem:
+    return Problem(
+        place=setting.place,
+        message=f"is no option of sdxl-train {command}",
+        remedy=suggestion(name, known),
+    )

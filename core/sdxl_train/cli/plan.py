@@ -1,4 +1,4 @@
-"""``sdxl-train plan FLAGS [--json]``: what the run would do; no weights are read."""
+"""``sdxl-train plan``: what the run would do; no weights are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from sdxl_train.cli.console import warn
+from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.errors import UserError
 from sdxl_train.preflight import prepare
 
@@ -13,12 +14,25 @@ if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
     from sdxl_train.plan import Plan
 
+_SUMMARY = "Check the options of a run and print what it would do; no weights are read."
+_USAGE = f"""\
+usage: sdxl-train plan FLAGS [--json]
+
+{_SUMMARY}
+
+  FLAGS    those of training: see `sdxl-train --help`
+  --json   one object: plugins, options, dataset, steps, saves, samples, modules, groups, memory,
+           warnings, errors; with errors, the exit code is 2"""
+
 
 def run(invocation: Invocation) -> int:
     """Print the plan, or as JSON the plan or what is wrong."""
     as_json = invocation.take_switch("json")
     try:
         invocation.refuse_leading()
+        output_config = invocation.settings.get("output_config")
+        if output_config is not None:
+            raise UserError.of(output_config.place, "writes no file here", "leave out `plan`")
         prepared = prepare(invocation.settings, invocation.host)
         from sdxl_train.plan import make_plan
 
@@ -33,6 +47,9 @@ def run(invocation: Invocation) -> int:
     warn([*invocation.notices, *prepared.warnings])
     print_plan(plan)
     return 0
+
+
+COMMAND = CoreCommand(run=run, summary=_SUMMARY, usage=_USAGE)
 
 
 def print_plan(plan: Plan) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_train.cli.console import warn
 from sdxl_train.errors import UserError
 from sdxl_train.preflight import prepare
+from sdxl_train.settings import config_path, is_on
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def run(invocation: Invocation) -> int:
     """Train with the settings of the command line."""
     invocation.refuse_leading()
-    if invocation.settings.get("output_config"):
+    if is_on(invocation.settings.get("output_config")):
         return _write_config(invocation)
     prepared = prepare(invocation.settings, invocation.host)
     warn([*invocation.notices, *prepared.warnings])
@@ -46,7 +46,7 @@ def _write_config(invocation: Invocation) -> int:
         raise UserError.of(
             "--output_config", "needs a file to write to", "name it with --config_file"
         )
-    path = Path(str(target.value))
+    path = config_path(target)
     write_settings(path, invocation.settings, invocation.host)
     print(f"options written to {path}")
     return 0

@@ -24,6 +24,12 @@ DATA = Path(__file__).parent.parent / "data"
 SEED = 7
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keep torch from spreading tiny work over busy cores: it would wait more than work."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], Any]:
     """Read a golden file by its name without ``.json.gz``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
@@ -48,6 +49,14 @@ def load_tokenizers(
 
 def clip_tokenizer(padding: str = _EOS) -> CLIPTokenizer:
     """Build CLIP's tokenizer from the table that ships with this package."""
+    vocabulary, merges = _read_table()
+    arguments: dict[str, Any] = {"vocab": vocabulary, "merges": merges, "pad_token": padding}
+    return CLIPTokenizer(**arguments, model_max_length=77)
+
+
+@cache
+def _read_table() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Give the vocabulary and, in order of priority, the pairs that merge."""
     raw = resources.files(__name__).joinpath(_TABLE).read_bytes()
     # The first line names the version. The table goes on after the merges that CLIP uses.
     lines = gzip.decompress(raw).decode("utf-8").splitlines()[1:]
@@ -60,9 +69,7 @@ def clip_tokenizer(padding: str = _EOS) -> CLIPTokenizer:
         (left + right for left, right in merges),
         (_BOS, _EOS),
     )
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    arguments: dict[str, Any] = {"vocab": vocabulary, "merges": merges, "pad_token": padding}
-    return CLIPTokenizer(**arguments, model_max_length=77)
+    return {token: index for index, token in enumerate(tokens)}, merges
 
 
 def _load(encoder: int, folder: Path | None, cache_dir: Path | None) -> CLIPTokenizer:

@@ -114,7 +114,7 @@ class LoadedSdxl:
         assert self.text_encoders, "the text encoders were released"
         states, pooled = [], None
         for encoder, tokenizer, padding in zip(
-            self.text_encoders, self.tokenizers, text.PADDING, strict=True
+            self.text_encoders, self.tokenizers, text.TEXT_ENCODER_PADDING, strict=True
         ):
             ids = text.tokenize(tokenizer, captions, num_chunks=self._num_chunks, padding=padding)
             hidden, pooled = text.encode(encoder, ids.to(self._device))

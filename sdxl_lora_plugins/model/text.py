@@ -16,29 +16,40 @@ if TYPE_CHECKING:
     from torch import LongTensor, Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+TEXT_ENCODER_PADDING: Final = (None, 0)
+"""The token that fills up the texts of each encoder, as :func:`tokenize` takes it."""
 CHUNK_TOKENS: Final = 75
 """Tokens of text in a chunk, without the first and last one."""
 BOS: Final = 49406
 EOS: Final = 49407
-PADDING: Final = (EOS, 0)
-"""The token that fills up the texts of each encoder."""
+"""First and last token of a text in CLIP's vocabulary."""
 
 
 def tokenize(
-    tokenizer: CLIPTokenizer, captions: Sequence[str], *, num_chunks: int, padding: int
+    tokenizer: CLIPTokenizer, captions: Sequence[str], *, num_chunks: int, padding: int | None
 ) -> LongTensor:
-    """Turn captions into chunks of token ids: int64 [B, num_chunks, 77]."""
+    """Turn captions into chunks of token ids: int64 [B, num_chunks, 77].
+
+    Text encoder 1 pads with the last token of a text (``padding`` None), text encoder 2 with 0.
+    """
     words = tokenizer(
         list(captions),
         add_special_tokens=False,
         truncation=True,
         max_length=CHUNK_TOKENS * num_chunks,
     )
-    chunks = [chunk_tokens(ids, num_chunks=num_chunks, padding=padding) for ids in words.input_ids]
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    filler = eos if padding is None else padding
+    chunks = [
+        chunk_tokens(ids, num_chunks=num_chunks, padding=filler, bos=bos, eos=eos)
+        for ids in words.input_ids
+    ]
     return torch.tensor(chunks)  # type: ignore[return-value]
 
 
-def chunk_tokens(tokens: Sequence[int], *, num_chunks: int, padding: int) -> list[list[int]]:
+def chunk_tokens(
+    tokens: Sequence[int], *, num_chunks: int, padding: int, bos: int = BOS, eos: int = EOS
+) -> list[list[int]]:
     """Cut the tokens of one text into chunks of 77 ids, as sd-scripts does.
 
     A single chunk ends as the text does. Of several, each begins with BOS and ends with the last
@@ -46,17 +57,17 @@ def chunk_tokens(tokens: Sequence[int], *, num_chunks: int, padding: int) -> lis
     with EOS. (A genuine token 0 at the start of a chunk is therefore replaced too.)
     """
     length = CHUNK_TOKENS * num_chunks + 2
-    padded = [BOS, *tokens[: length - 2], EOS]
+    padded = [bos, *tokens[: length - 2], eos]
     padded += [padding] * (length - len(padded))
     if num_chunks == 1:
         return [padded]
     chunks = []
     for start in range(1, length - 1, CHUNK_TOKENS):
-        chunk = [BOS, *padded[start : start + CHUNK_TOKENS], padded[-1]]
-        if chunk[-2] not in (EOS, padding):
-            chunk[-1] = EOS
+        chunk = [bos, *padded[start : start + CHUNK_TOKENS], padded[-1]]
+        if chunk[-2] not in (eos, padding):
+            chunk[-1] = eos
         if chunk[1] == padding:
-            chunk[1] = EOS
+            chunk[1] = eos
         chunks.append(chunk)
     return chunks
 

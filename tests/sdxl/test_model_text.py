@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import string
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from diffusers.models.embeddings import Timesteps
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdxl_lora_plugins.model import text
 from sdxl_lora_plugins.model.tokenizer import clip_tokenizer, load_tokenizers
@@ -30,7 +32,7 @@ def test_token_ids_equal_the_golden_ones(
     for row in golden("tokens"):
         num_chunks = (row["max_token_length"] or 75) // 75
         for tokenizer, padding, expected in zip(
-            tokenizers, text.PADDING, (row["ids1"], row["ids2"]), strict=True
+            tokenizers, text.TEXT_ENCODER_PADDING, (row["ids1"], row["ids2"]), strict=True
         ):
             ids = text.tokenize(tokenizer, [row["prompt"]], num_chunks=num_chunks, padding=padding)
             assert ids.tolist() == expected, (row["prompt"], num_chunks)
@@ -66,7 +68,7 @@ def test_tokenizer_cache_is_filled_and_read(tmp_path: Path) -> None:
 )
 def test_chunks_follow_the_reference_table(num_tokens: int, lengths: list[int]) -> None:
     """The cases of reference appendix A.8, written out by its rules."""
-    for padding in text.PADDING:
+    for padding in (text.EOS, 0):
         chunks = text.chunk_tokens([320] * num_tokens, num_chunks=3, padding=padding)
         assert [chunk.count(320) for chunk in chunks] == lengths
         for chunk, length in zip(chunks, lengths, strict=True):
@@ -145,3 +147,31 @@ def test_sizes_reach_the_unet_in_order(
         noisy = torch.zeros(1, 4, 8, 8)
         assert model.predict(noisy, torch.tensor([5]), condition).dtype == torch.float32
     assert seen[0].tolist() == [1023, 4095, 0, 6, 64, 96]
+
+
+def test_a_folder_with_a_vocabulary_of_its_own_is_read_with_it(
+    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+) -> None:
+    folder = tmp_path / "small"
+    shutil.copytree(tiny_folder, folder)
+    letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
+    vocabulary = {
+        token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
+    }
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    for name, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        tokenizer.save_pretrained(folder / f"tokenizer{name}")
+        encoder = kind.from_pretrained(folder / f"text_encoder{name}")
+        encoder.resize_token_embeddings(len(vocabulary))
+        encoder.config.bos_token_id = vocabulary["<|startoftext|>"]
+        encoder.config.eos_token_id = vocabulary["<|endoftext|>"]
+        encoder.save_pretrained(folder / f"text_encoder{name}")
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.tokenizer_2.pad_token_id = 0
+    with torch.no_grad():
+        context, _, pooled, _ = pipeline.encode_prompt("a cat", do_classifier_free_guidance=False)
+        encoded = load_sdxl(folder).encode_text(["a cat"])
+
+    torch.testing.assert_close(encoded["context"], context)
+    torch.testing.assert_close(encoded["pooled"], pooled)

@@ -241,13 +241,14 @@ def _components(
     manager.register(implementations)
     provided: dict[str, dict[str, type[Component]]] = {}
     for kind in KINDS:
-        try:
-            answers = getattr(manager.hook, kind.hook)()
-        except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"plugin {found}: {kind.hook} failed: {type(error).__name__}: {error}"
-            ) from error
-        for answer in answers:
+        # Not by calling the hook: pluggy drops None, which is what a forgotten return gives.
+        for implementation in getattr(manager.hook, kind.hook).get_hookimpls():
+            try:
+                answer = implementation.function()
+            except (Exception, SystemExit) as error:
+                raise PluginError(
+                    f"plugin {found}: {kind.hook} failed: {type(error).__name__}: {error}"
+                ) from error
             provided.setdefault(kind.name, {}).update(_checked(answer, kind, found))
     return provided
 

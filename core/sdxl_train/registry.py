@@ -82,6 +82,21 @@ class Registry:
                 return entry
         return None
 
+    def owners(self, option: str) -> list[Entry]:
+        """Give the components with a flag of this name: of the enabled plugins, else of the others.
+
+        Components that share one class, under several names, count once.
+        """
+        kinds = [kind for kind in KINDS if kind.selector]
+        enabled = [entry for kind in kinds for entry in self.entries(kind)]
+        found = _with_flag(enabled, option)
+        if found:
+            return found
+        rest = self.host.load_rest()
+        return _with_flag(
+            [e for plugin in rest for kind in kinds for e in _entries(plugin, kind)], option
+        )
+
     def find(self, kind: Kind, name: str) -> Entry:
         """Resolve a name as the run gives it.
 
@@ -174,3 +189,8 @@ def _named(entries: list[Entry], name: str) -> list[Entry]:
         if is_exact or (entry.name.lower() == name.lower() and entry.plugin not in found):
             found[entry.plugin] = entry
     return list(found.values())
+
+
+def _with_flag(entries: list[Entry], option: str) -> list[Entry]:
+    by_class = {entry.component: entry for entry in reversed(entries) if option in entry.flags}
+    return list(reversed(by_class.values()))

@@ -227,16 +227,24 @@ class Resolver:
                     f"is an option of {entry.kind.name} {entry.name}",
                     f"write --{entry.kind.args} {name}=...",
                 )
-        owners = [entry for entry in self.registry.all_entries() if name in entry.flags]
+        owners = self.registry.owners(name)
         if owners:
-            owner = owners[0]
+            kind, plugin = owners[0].kind, owners[0].plugin
+            names = ", ".join(owner.name for owner in owners if owner.kind is kind)
+            if plugin not in self.host.enabled:
+                return (
+                    f"is an option of {kind.name} {names}, of plugin '{plugin}', which is not "
+                    f"enabled",
+                    f"add --plugin {plugin}",
+                )
             return (
-                f"is an option of {owner.kind.name} {owner.name}, which this run does not use",
-                f"add --{owner.kind.selector} {owner.name}, or leave it out",
+                f"is an option of {kind.name} {names}, which this run does not use",
+                f"add --{kind.selector} {owners[0].name}, or leave it out",
             )
         known = [option for model in CORE_OPTIONS for option in options_of(model)]
         known += [option for entry in self.registry.all_entries() for option in entry.flags]
-        return "unknown option", suggestion(name, sorted(set(known)))
+        hint = suggestion(name, sorted(set(known)))
+        return "unknown option", hint or "`sdxl-train --help` lists all"
 
     def _complete(self, built: Iterable[tuple[Entry, Component | None]]) -> bool:
         kinds = {entry.kind.name for entry, component in built if component is not None}

@@ -25,7 +25,8 @@ USAGE = """\
 usage: sdxl-train --pretrained_model_name_or_path MODEL --train_data_dir DIR --output_dir DIR ...
        sdxl-train COMMAND [--help]
 
-Trains LoRA-family networks. Flags, dataset files and file names are those of sd-scripts."""
+Trains LoRA-family networks.
+Flags, dataset files and file names are those of sd-scripts."""
 
 HINT = """\
 `sdxl-train --help` lists every flag, `sdxl-train demo` shows a whole run without any input."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sdxl_train.run import RunResult
 
 
-def plan(options: Mapping[str, Any] | Path | str) -> Plan:
+def plan_run(options: Mapping[str, Any] | Path | str) -> Plan:
     """Check options and plan their run; no weights are read.
 
     Args:
@@ -34,7 +34,7 @@ def train(options: Mapping[str, Any] | Path | str) -> RunResult:
     """Train as ``sdxl-train`` does with these options.
 
     Args:
-        options: As for :func:`plan`.
+        options: As for :func:`plan_run`.
 
     Raises:
         UserError: If the input is wrong; nothing was started.

@@ -12,7 +12,7 @@ import ast
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,13 @@ class Setting:
         value: :class:`Words` from the command line, or a value of TOML or Python.
         place: Where it was given, as a message names it: ``--seed``, ``run.toml:3 seed``.
         origin: The same for the record: ``command line``, ``run.toml:3``.
+        keys: Of a table, each value as a setting of its own.
     """
 
     value: object
     place: str
     origin: str
+    keys: Mapping[str, Setting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

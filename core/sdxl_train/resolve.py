@@ -189,10 +189,7 @@ class Resolver:
         if isinstance(given.value, Words):
             return parse_pairs(given.value.words, given.place, given.origin, self.problems)
         if isinstance(given.value, dict):
-            return {
-                str(key): Setting(value=value, place=f"{given.place}.{key}", origin=given.origin)
-                for key, value in given.value.items()
-            }
+            return dict(given.keys)
         return parse_pairs(_texts(given.value), given.place, given.origin, self.problems)
 
     def _refuse_collisions(self, entries: Sequence[Entry]) -> None:

@@ -19,7 +19,7 @@ REPEATABLE = ("plugin", *(kind.selector for kind in KINDS if kind.stacked))
 _TABLES = tuple(kind.args for kind in KINDS if kind.args)
 _PLURALS = {"plugins": "plugin"}
 """The key of a list reads better in the plural."""
-_NOT_IN_FILES = ("config_file", "output_config")
+_COMMAND_LINE_ONLY = ("config_file", "output_config")
 
 
 def from_words(
@@ -76,20 +76,41 @@ def from_file(path: Path) -> dict[str, Setting]:
     for keys, value in _leaves(document):
         name = _normal(str(keys[-1]))
         name = _PLURALS.get(name, name)
-        line = lines.get(keys)
-        origin = f"{path}:{line}" if line else str(path)
-        place = f"{origin} {'.'.join(str(key) for key in keys)}"
+        setting = _setting_in_file(value, path, keys, lines)
         if name in settings:
             message, remedy = f"stands twice, before at {settings[name].place}", "remove one"
-            problems.append(Problem(place=place, message=message, remedy=remedy))
-        elif name in _NOT_IN_FILES:
+            problems.append(Problem(place=setting.place, message=message, remedy=remedy))
+        settings.setdefault(name, setting)
+    _refuse_recursion(settings, problems)
+    return settings
+
+
+def _setting_in_file(
+    value: object, path: Path, keys: KeyPath, lines: Mapping[KeyPath, int]
+) -> Setting:
+    line = lines.get(keys)
+    origin = f"{path}:{line}" if line else str(path)
+    inner = value if isinstance(value, dict) else {}
+    return Setting(
+        value=value,
+        place=f"{origin} {'.'.join(str(key) for key in keys)}",
+        origin=origin,
+        keys={
+            _normal(key): _setting_in_file(item, path, (*keys, key), lines)
+            for key, item in inner.items()
+        },
+    )
+
+
+def _refuse_recursion(settings: Mapping[str, Setting], problems: list[Problem]) -> None:
+    """Refuse what names another file, and raise what is wrong."""
+    for name in _COMMAND_LINE_ONLY:
+        if name in settings:
             message = "is for the command line only"
+            place = settings[name].place
             problems.append(Problem(place=place, message=message, remedy="remove it"))
-        else:
-            settings[name] = Setting(value=value, place=place, origin=origin)
     if problems:
         raise UserError(problems)
-    return settings
 
 
 def _leaves(table: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -101,15 +122,27 @@ def _leaves(table: Mapping[str, Any], above: KeyPath = ()) -> Iterator[tuple[Key
 
 
 def from_mapping(options: Mapping[str, Any]) -> dict[str, Setting]:
-    """Take options from Python; paths may be ``Path`` objects."""
-    return {
-        _PLURALS.get(name, name): Setting(
-            value=str(value) if isinstance(value, Path) else value,
-            place=f"option {name}",
-            origin="python",
-        )
+    """Take options from Python; paths may be ``Path`` objects.
+
+    Raises:
+        UserError: If one of them is for the command line only.
+    """
+    settings = {
+        _PLURALS.get(name, name): _setting_in_python(value, f"option {name}")
         for name, value in options.items()
     }
+    _refuse_recursion(settings, [])
+    return settings
+
+
+def _setting_in_python(value: object, place: str) -> Setting:
+    inner = value if isinstance(value, dict) else {}
+    return Setting(
+        value=str(value) if isinstance(value, Path) else value,
+        place=place,
+        origin="python",
+        keys={key: _setting_in_python(item, f"{place}.{key}") for key, item in inner.items()},
+    )
 
 
 def config_path(setting: Setting) -> Path:

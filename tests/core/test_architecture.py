@@ -88,6 +88,13 @@ def test_public_names_exist() -> None:
     assert set(sdxl_train.__all__) <= set(dir(sdxl_train))
 
 
+def test_no_public_name_is_also_a_module() -> None:
+    # Importing the module would put it in the place of the name.
+    modules = {path.stem for path in CORE.iterdir()}
+
+    assert modules.isdisjoint(sdxl_train.__all__)
+
+
 def test_what_help_loads_imports_nothing_heavy() -> None:
     """Walk the imports that run at import time, from the entry points of help."""
     found = []

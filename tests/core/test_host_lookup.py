@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from sdxl_train.plugins import PluginError, PluginHost
 from sdxl_train.registry import KIND_BY_NAME, Registry
@@ -176,3 +177,44 @@ def test_the_command_enables_and_logs_the_plugin_of_a_bare_name(
     assert done.returncode == 0, done.stderr
     assert '"plugin": "robust"' in done.stdout
     assert "plugin 'robust' (robust-dist 1.0) enabled" in done.stderr
+
+
+CHANNEL_OFFSET = '''
+"""Noise with a random offset for each channel."""
+import torch
+from sdxl_train import Field, Noise, hookimpl
+
+class ChannelOffset(Noise):
+    """Noise with a random offset for each channel."""
+    channel_offset: float | None = Field(None, ge=0, description="Standard deviation of the offset.")
+
+    def build(self, schedule):
+        def transform(noise, latents, timesteps, generator):
+            b, c, *_ = noise.shape
+            return noise + self.channel_offset * torch.randn(b, c, 1, 1, generator=generator, device=noise.device)
+        return transform
+
+@hookimpl
+def register_noises():
+    return {"channel-offset": ChannelOffset}
+'''  # noqa: E501
+
+
+def test_the_smallest_plugin_is_found_installed_or_as_a_file(
+    site: Site, resolve: Resolve, tmp_path: Path
+) -> None:
+    file = tmp_path / "my_offset.py"
+    file.write_text(CHANNEL_OFFSET, encoding="utf-8")
+    site.add("offset", CHANNEL_OFFSET)
+
+    for plugin in (str(file), "offset"):
+        resolution = resolve("--plugin", plugin, "--channel_offset", "0.05")
+
+        assert resolution.problems == []
+        assert resolution.config is not None
+        (noise,) = resolution.config.noises
+        transform = noise.build(None)  # type: ignore[arg-type]
+        still = torch.zeros(2, 4, 3, 3)
+        moved = transform(still, still, still, torch.Generator().manual_seed(7))
+        drawn = torch.randn(2, 4, 1, 1, generator=torch.Generator().manual_seed(7))
+        torch.testing.assert_close(moved, (0.05 * drawn).expand(2, 4, 3, 3))

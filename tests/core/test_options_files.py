@@ -177,7 +177,7 @@ def test_mistakes_in_a_file_are_told_at_once_with_their_lines(
         tmp_path,
         '[model]\npretrained_model_name_or_path = "base.safetensors"\n[training]\n'
         'learnig_rate = 1e-4\nlr_warmup_steps = "soon"\nseed = true\nmax_grad_norm = "1e-4"\n'
-        '[network]\nnetwork_args = { conv_dims = 4 }\nplugins = ["licoris"]\n',
+        '[network]\nnetwork_args.conv_dims = 4\nplugins = ["licoris"]\n',
     )
 
     done = command("--config_file", str(path))
@@ -208,8 +208,7 @@ def test_every_value_has_its_origin(tmp_path: Path, resolve: Resolve) -> None:
     options = resolution.config.options()
     assert options["network_dim"] == {"value": 8, "origin": f"{path}:2"}
     assert options["min_snr_gamma"] == {"value": 5.0, "origin": f"{path}:3"}
-    assert options["optimizer_args.eps"]["value"] == 1e-6
-    assert options["optimizer_args.eps"]["origin"].startswith(f"{path}:")
+    assert options["optimizer_args.eps"] == {"value": 1e-6, "origin": f"{path}:5"}
     assert options["learning_rate"] == {"value": 1e-4, "origin": "command line"}
     assert options["max_grad_norm"] == {"value": 1.0, "origin": "default"}
 

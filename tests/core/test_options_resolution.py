@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import pytest
+
 from sdxl_train import api
 from sdxl_train.errors import UserError
 
@@ -187,10 +189,16 @@ def test_blocking_the_builtin_plugin_says_what_is_missing(resolve: Resolve) -> N
     assert "--model_type: is required: no enabled plugin has a default model" in texts
 
 
+def test_python_names_no_file_of_options() -> None:
+    with pytest.raises(UserError, match="option config_file: is for the command line only"):
+        api.plan_run({"config_file": "run.toml"})
+
+
 def test_python_takes_the_same_options_and_tells_the_same() -> None:
-    try:
-        api.plan({"seed": "1", "learnin_rate": 1e-4})
-    except UserError as error:
-        texts = [str(problem) for problem in error.problems]
+    with pytest.raises(UserError) as caught:
+        api.plan_run({"seed": "1", "learnin_rate": 1e-4, "network_args": {"dims": 4}})
+
+    texts = [str(problem) for problem in caught.value.problems]
     assert 'option seed: "1" is not a whole number >= 0; write it without quotes' in texts
     assert any(text.startswith("option learnin_rate: unknown option") for text in texts)
+    assert any(text.startswith("option network_args.dims: network lora has") for text in texts)

@@ -44,32 +44,50 @@ _STEMS = {"epoch": "epoch", "step": "at", "final": "last"}
 
 
 def file_name(output: OutputOptions, point: SavePoint) -> str:
-    """Name a file as sd-scripts does: ``NAME-000002``, ``NAME-step00000100``, ``NAME``."""
-    stem = output.output_name or _STEMS[point.kind]
+    """Name a network as sd-scripts does: ``NAME-000002``, ``NAME-step00000100``, ``NAME``."""
+    return f"{_stem(output, point)}.{output.save_model_as}"
+
+
+def state_name(output: OutputOptions, point: SavePoint) -> str:
+    """Name the folder of a state as sd-scripts does: ``NAME-000002-state``."""
+    return f"{_stem(output, point)}-state"
+
+
+def _stem(output: OutputOptions, point: SavePoint) -> str:
     suffix = {"epoch": f"-{point.number:06d}", "step": f"-step{point.number:08d}", "final": ""}
-    return f"{stem}{suffix[point.kind]}.{output.save_model_as}"
+    return (output.output_name or _STEMS[point.kind]) + suffix[point.kind]
 
 
 def prune(output: OutputOptions, point: SavePoint) -> list[Path]:
-    """Delete the oldest files of this kind beyond the number to keep; give what went.
+    """Give the networks and states of this kind beyond the number to keep, the oldest first.
 
-    ``save_last_n_*=M`` keeps the newest M files, counted up to the one just written.
+    ``save_last_n_*=M`` keeps the newest M, counted up to the one just written; states are counted
+    apart where ``save_last_n_*_state`` says so.
     """
-    keep = {"epoch": output.save_last_n_epochs, "step": output.save_last_n_steps}.get(point.kind)
-    if not keep:
+    if point.kind == "final":
         return []
+    networks, states = {
+        "epoch": (output.save_last_n_epochs, output.save_last_n_epochs_state),
+        "step": (output.save_last_n_steps, output.save_last_n_steps_state),
+    }[point.kind]
     stem = re.escape(output.output_name or _STEMS[point.kind])
     digits = r"-(\d{6})" if point.kind == "epoch" else r"-step(\d{8})"
-    pattern = re.compile(rf"{stem}{digits}\.{output.save_model_as}")
+    folder = output.output_dir
+    return [
+        *_beyond(folder, rf"{stem}{digits}\.{output.save_model_as}", networks, point.number),
+        *_beyond(folder, rf"{stem}{digits}-state", states or networks, point.number),
+    ]
+
+
+def _beyond(folder: Path, pattern: str, keep: int | None, newest: int) -> list[Path]:
+    if keep is None:
+        return []
     numbered = [
         (int(match[1]), path)
-        for path in output.output_dir.iterdir()
-        if (match := pattern.fullmatch(path.name)) and int(match[1]) <= point.number
+        for path in folder.iterdir()
+        if (match := re.fullmatch(pattern, path.name)) and int(match[1]) <= newest
     ]
-    gone = [path for _, path in sorted(numbered)[:-keep]]
-    for path in gone:
-        path.unlink()
-    return gone
+    return [path for _, path in sorted(numbered)[:-keep]]
 
 
 def save_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -124,7 +142,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):
             raise TrainingError(f"{path} cannot be written: {error.strerror}") from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _umask() -> int:
@@ -133,8 +151,8 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the system can."""
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` durable, where the system can."""
     if os.name != "posix":
         return
     handle = os.open(folder, os.O_RDONLY)

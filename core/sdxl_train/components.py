@@ -33,7 +33,12 @@ class OptionModel(BaseModel):
     """Options that belong together: frozen, and nothing undeclared is accepted."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        # Most models of a process are never built; compiling them all would slow down --help.
+        defer_build=True,
     )
 
 

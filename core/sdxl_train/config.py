@@ -91,6 +91,10 @@ class TrainingOptions(OptionModel):
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of all randomness. Default: a random one."
     )
+    resume: str | None = Field(
+        None,
+        description="State folder to go on from, or latest: the newest one of this run, if any.",
+    )
     strict_observers: bool = Field(
         False, description="End the run when an observer fails, instead of going on without it."
     )
@@ -117,6 +121,18 @@ class OutputOptions(OptionModel):
     )
     save_last_n_steps: int | None = Field(
         None, ge=1, description="Keep the newest N step checkpoints."
+    )
+    save_state: bool = Field(
+        False, description="With each checkpoint and at the end, save what --resume needs."
+    )
+    save_state_on_train_end: bool = Field(
+        False, description="Save what --resume needs at the end only."
+    )
+    save_last_n_epochs_state: int | None = Field(
+        None, ge=1, description="Keep the newest N epoch states. Default: as for checkpoints."
+    )
+    save_last_n_steps_state: int | None = Field(
+        None, ge=1, description="Keep the newest N step states. Default: as for checkpoints."
     )
     no_metadata: bool = Field(
         False, description="Save only the metadata that clients need to load the file."

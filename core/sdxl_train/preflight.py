@@ -14,6 +14,7 @@ from sdxl_train.errors import Problem, UserError
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
 from sdxl_train.resolve import Resolver
+from sdxl_train.resume import ResumePoint, differences, find_resume_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ class Prepared:
     batches: BatchPlan
     counts: StepCounts
     seed: int
+    resume: ResumePoint | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -58,9 +60,17 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
             problems.extend(component.check(config))
         problems.extend(_cross_checks(config))
         warnings.extend(_remarks(config))
+    resume = None
+    if config is not None and scanned is not None:
+        try:
+            resume = find_resume_point(config)
+        except UserError as error:
+            problems.extend(error.problems)
+        if resume is not None:
+            problems.extend(differences(resume, config, scanned))
     if problems or config is None or scanned is None:
         raise UserError(problems)
-    seed = config.training.seed
+    seed = resume.manifest.seed if resume else config.training.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
     batches = BatchPlan(scanned.datasets, seed)
@@ -80,6 +90,7 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
         batches=batches,
         counts=counts,
         seed=seed,
+        resume=resume,
         warnings=warnings,
     )
 

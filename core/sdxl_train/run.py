@@ -15,14 +15,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from sdxl_train.assembly import Assembly, assemble
-from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network
+from sdxl_train.blame import blame
 from sdxl_train.counts import SavePoint
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.events import Events
 from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
+from sdxl_train.resume import model_identity
 from sdxl_train.rng import Streams, derive_seed
+from sdxl_train.saver import Saver
 from sdxl_train.signals import StopSignals
 from sdxl_train.supply import Supply
 
@@ -36,10 +38,9 @@ if TYPE_CHECKING:
     from sdxl_train.data.batches import Batch
     from sdxl_train.plan import Plan
     from sdxl_train.preflight import Prepared
+    from sdxl_train.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
-
-_SAVE_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +88,22 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
         UserError: If the machine cannot do what the options ask.
         TrainingError: If training fails; the files written before are whole.
     """
-    trainer = Trainer(prepared, plan)
-    error: BaseException | None = None
+    done = prepared.resume.manifest.step if prepared.resume else 0
+    if done >= prepared.counts.total:
+        logger.info(
+            "already complete: %d of %d steps are done in %s",
+            done,
+            prepared.counts.total,
+            prepared.resume.folder if prepared.resume else "",
+        )
+        return RunResult(steps=done)
+    plugins = list(prepared.host.enabled.values())
     try:
-        with StopSignals() as signals:
-            trainer.train(signals)
-    except BaseException as raised:
-        error = raised
+        trainer = Trainer(prepared, plan)
+        trainer.run_to_end()
+    except BaseException as error:
+        blame(error, plugins)
         raise
-    finally:
-        trainer.close(error)
     return trainer.result
 
 
@@ -129,22 +136,49 @@ class Trainer:
             output_dir=output.output_dir,
             name=output.output_name or "last",
         )
+        self.saver = Saver(
+            prepared,
+            self.assembly,
+            self.record,
+            optimizer=optimizer,
+            scheduler=self.scheduler,
+            scaler=self.accelerator.scaler,
+        )
+        if prepared.resume is not None:
+            self._restore(prepared.resume)
         self.events = self._build_events()
         self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
         self.supply.fill_caches()
 
+    def run_to_end(self) -> None:
+        """Train, and close whatever happens."""
+        error: BaseException | None = None
+        try:
+            with StopSignals() as signals:
+                self.train(signals)
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            self.close(error)
+
     def train(self, signals: StopSignals) -> None:
         """Train to the end, or to the first signal, saving what falls due."""
         self.events.tell("run_started", run=self.run)
+        total = self.prepared.counts.total
         last: StepResult | None = None
-        for last in train(self.supply.steps(), self.step):
+        start = self.result.steps
+        for last in train(self.supply.steps(start), self.step, start=start):
             self.result.steps = last.step
-            for point in self.prepared.saves.due(last.step):
-                self._save(point, last)
+            points = self.prepared.saves.due(last.step)
+            stopped = signals.received is not None and last.step < total
+            if stopped and not points:
+                points = [SavePoint(kind="step", number=last.step)]
+            for point in points:
+                checkpoint = self.saver.save(point, last, interrupted=stopped)
+                self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
             self.events.tell("step_finished", run=self.run, step=last)
-            if signals.received:
-                if last.step < self.prepared.counts.total:
-                    self._save(SavePoint(kind="step", number=last.step), last)
+            if stopped:
                 self.result.exit_code = signals.exit_code
                 break
         self.result.final_loss = last.loss.item() if last else None
@@ -152,6 +186,7 @@ class Trainer:
     def close(self, error: BaseException | None) -> None:
         """End the workers, tell the observers, and write the record."""
         self.supply.close()
+        self.result.files = self.saver.files
         self.events.tell("run_finished", run=self.run, error=error)
         self.events.close()
         self.result.observer_failures = dict(self.events.failures)
@@ -166,6 +201,17 @@ class Trainer:
                 "finished_at": time.time(),
             },
         )
+
+    def _restore(self, point: ResumePoint) -> None:
+        model = model_identity(self.record.described)
+        if model != point.manifest.model:
+            raise UserError.of(
+                self.config.place("pretrained_model_name_or_path"),
+                f"is {model} now, {point.manifest.model} in {point.folder}",
+                "resume with the base model of the state",
+            )
+        self.saver.restore(point)
+        self.result.steps = point.manifest.step
 
     def _build_step(self, device: torch.device) -> Step:
         config, model = self.config, self.model
@@ -224,7 +270,7 @@ class Trainer:
             list(host.enabled.values()),
             strict=self.config.training.strict_observers,
         )
-        names = [entry.name for entry in self.config.entries if entry.kind.name == "observer"]
+        names = [e.qualified for e in self.config.entries if e.kind.name == "observer"]
         for name, observer in zip(names, self.config.observers, strict=True):
             events.add_observer(name, observer.build(self.run))
         return events
@@ -245,20 +291,6 @@ class Trainer:
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)
-
-    def _save(self, point: SavePoint, step: StepResult) -> None:
-        output = self.config.output
-        path = output.output_dir / file_name(output, point)
-        dtype = _SAVE_DTYPES[output.save_precision or "float"]
-        tensors = {
-            name: tensor.to(dtype) for name, tensor in self.assembly.adapter.state_dict().items()
-        }
-        save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
-        gone = prune(output, point)
-        self.result.files = [*(p for p in self.result.files if p not in (*gone, path)), path]
-        logger.info("saved %s", path)
-        checkpoint = Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
-        self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
 
 
 def _accelerator(config: RunConfig) -> Accelerator:

@@ -79,16 +79,22 @@ class Supply:
                 )
             self.model.release_text_encoders()
 
-    def steps(self) -> Iterator[StepBatches]:
-        """Give the batches of every step: whole epochs, the last one cut at the total."""
+    def steps(self, start: int = 0) -> Iterator[StepBatches]:
+        """Give the batches of every step: whole epochs, the last one cut at the total.
+
+        Args:
+            start: Steps to pass over, at no cost: those that were done before.
+        """
         counts = self.prepared.counts
         accumulation = self.prepared.config.training.gradient_accumulation_steps
-        done = 0
-        for epoch in range(1, counts.epochs + 1):
-            specs = self.prepared.batches.epoch(epoch)[: (counts.total - done) * accumulation]
+        done = start
+        for epoch in range(start // counts.steps_per_epoch + 1, counts.epochs + 1):
+            first = done % counts.steps_per_epoch
+            last = first + counts.total - done
+            specs = self.prepared.batches.epoch(epoch)[first * accumulation : last * accumulation]
             batches = self._ready(self._loader.batches(specs))
-            for start in range(0, len(specs), accumulation):
-                size = len(specs[start : start + accumulation])
+            for position in range(0, len(specs), accumulation):
+                size = len(specs[position : position + accumulation])
                 yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
                 done += 1
 
@@ -108,7 +114,9 @@ class Supply:
         """Encode as many images at a time as ``vae_batch_size`` allows."""
         parts = torch.split(images, self.options.vae_batch_size)
         with torch.no_grad():
-            return torch.cat([self.model.encode_images(part.to(self.device)) for part in parts])
+            latents = [self.model.encode_images(part.to(self.device)) for part in parts]
+        # Cached latents are contiguous: another layout would round differently in the denoiser.
+        return torch.cat(latents).contiguous()
 
 
 @contextmanager

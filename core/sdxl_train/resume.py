@@ -1,0 +1,165 @@
+"""Whether and from where a run goes on: the state, compared with what the run asks for now."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_train.errors import Problem, UserError
+from sdxl_train.state import Manifest, complete_states, read_manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sdxl_train.config import RunConfig
+    from sdxl_train.data.sources import Scan
+
+LATEST = "latest"
+
+MAY_CHANGE = frozenset(
+    {
+        # Where things lie; what they hold is compared by digest.
+        "pretrained_model_name_or_path",
+        "vae",
+        "tokenizer_cache_dir",
+        "train_data_dir",
+        "reg_data_dir",
+        "dataset_config",
+        "config_file",
+        "output_config",
+        "output_dir",
+        "output_name",
+        "plugin",
+        "resume",
+        # How long, and what is written and shown on the way.
+        "max_train_steps",
+        "max_train_epochs",
+        "save_model_as",
+        "save_precision",
+        "save_every_n_epochs",
+        "save_every_n_steps",
+        "save_n_epoch_ratio",
+        "save_last_n_epochs",
+        "save_last_n_steps",
+        "save_state",
+        "save_state_on_train_end",
+        "save_last_n_epochs_state",
+        "save_last_n_steps_state",
+        "no_metadata",
+        "training_comment",
+        "strict_observers",
+        "observer",
+        # How the same batches come about.
+        "cache_latents",
+        "vae_batch_size",
+        "cache_text_encoder_outputs",
+        "max_data_loader_n_workers",
+        "persistent_data_loader_workers",
+        # Compared apart: the seed of the state serves when the run names none.
+        "seed",
+    }
+)
+"""Options that a resumed run may set otherwise. Every other one decides what is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumePoint:
+    """A state to go on from."""
+
+    folder: Path
+    manifest: Manifest
+
+
+def find_resume_point(config: RunConfig) -> ResumePoint | None:
+    """Find the state that ``--resume`` names; None without that option.
+
+    ``latest`` is the newest complete state of this run's name in its output folder; with none
+    there yet, the run starts from the beginning, so that one command serves every start of a job.
+
+    Raises:
+        UserError: If the named folder is no complete state.
+    """
+    named = config.training.resume
+    if named is None:
+        return None
+    if named == LATEST:
+        output = config.output
+        states = (
+            complete_states(output.output_dir, output.output_name)
+            if (output.output_dir.is_dir())
+            else []
+        )
+        if not states:
+            return None
+        folder = states[-1][1]
+    else:
+        folder = Path(named).expanduser()
+        if not folder.is_dir():
+            raise UserError.of(config.place("resume"), f"there is no folder {folder}")
+    return ResumePoint(folder=folder, manifest=read_manifest(folder))
+
+
+def differences(point: ResumePoint, config: RunConfig, scan: Scan) -> Iterator[Problem]:
+    """Yield what the run asks for otherwise than the state and must not."""
+    before, now = point.manifest.options, shaping_options(config)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            yield Problem(
+                place=config.place(name),
+                message=f"is {now.get(name)} now, {before.get(name)} in {point.folder}",
+                remedy="set it as it was, or start a new run without --resume",
+            )
+    seed = config.training.seed
+    if seed is not None and seed != point.manifest.seed:
+        yield Problem(
+            place=config.place("seed"),
+            message=f"is {seed} now, {point.manifest.seed} in {point.folder}",
+            remedy="leave it out: the seed of the state serves",
+        )
+    if dataset_digest(scan) != point.manifest.dataset:
+        yield Problem(
+            place=config.place("resume"),
+            message=f"the images, captions or buckets are not those of {point.folder}",
+            remedy="restore the dataset, or start a new run without --resume",
+        )
+    versions = {plugin.name: plugin.version for plugin in config.plugins}
+    for name, version in point.manifest.plugins.items():
+        if _major(versions.get(name)) != _major(version):
+            yield Problem(
+                place=config.place("plugin"),
+                message=f"plugin '{name}' is {versions.get(name) or 'not in use'} now, {version} "
+                f"in {point.folder}",
+                remedy="install and name the version that saved the state",
+            )
+
+
+def shaping_options(config: RunConfig) -> dict[str, Any]:
+    """Give the options that decide what is trained, as plain JSON values."""
+    return {
+        name: item["value"] for name, item in config.options().items() if name not in MAY_CHANGE
+    }
+
+
+def dataset_digest(scan: Scan) -> str:
+    """Give a digest of what the data is, wherever it lies: names, sizes, captions, repeats."""
+    digest = hashlib.blake2b(digest_size=16)
+    for dataset in scan.datasets:
+        subsets = [(subset.captions, subset.flip_aug) for subset in dataset.config.subsets]
+        digest.update(repr((dataset.config.batch_size, subsets)).encode())
+        for image in dataset.images:
+            facts = (image.key, image.size, image.caption, image.repeats, image.is_reg, image.fit)
+            digest.update(repr(facts).encode())
+    return digest.hexdigest()
+
+
+def model_identity(metadata: Mapping[str, str]) -> str:
+    """Identify a base model: by the hash of its file, else by its name."""
+    keys = ("ss_new_sd_model_hash", "ss_new_vae_hash")
+    hashes = [metadata[key] for key in keys if key in metadata]
+    return " ".join(hashes) or metadata.get("ss_sd_model_name", "")
+
+
+def _major(version: str | None) -> str | None:
+    return version.partition(".")[0] if version else version

@@ -1,0 +1,128 @@
+"""What a run writes as it goes: networks, states, and which of the older ones stay."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network, state_name
+from sdxl_train.resume import dataset_digest, model_identity, shaping_options
+from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sdxl_train.assembly import Assembly
+    from sdxl_train.counts import SavePoint
+    from sdxl_train.loop import StepResult
+    from sdxl_train.preflight import Prepared
+    from sdxl_train.record import RunRecord
+    from sdxl_train.resume import ResumePoint
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Saver:
+    """Writes networks and states, and puts a state back.
+
+    Attributes:
+        files: The networks that this run wrote and that are still there.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        assembly: Assembly,
+        record: RunRecord,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.prepared = prepared
+        self.output = prepared.config.output
+        self.assembly = assembly
+        self.record = record
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.scaler = scaler
+        self.files: list[Path] = []
+        self._dataset = dataset_digest(prepared.scan)
+
+    def save(self, point: SavePoint, step: StepResult, *, interrupted: bool = False) -> Checkpoint:
+        """Write the network and, where the options ask for it, the state beside it.
+
+        Raises:
+            TrainingError: If a file cannot be written; older ones are whole.
+        """
+        path = self.output.output_dir / file_name(self.output, point)
+        dtype = _DTYPES[self.output.save_precision or "float"]
+        state = self.assembly.adapter.state_dict()
+        tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
+        save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
+        self.files = [*(file for file in self.files if file != path), path]
+        logger.info("saved %s", path)
+        at_end = point.kind == "final" and self.output.save_state_on_train_end
+        if self.output.save_state or at_end or interrupted:
+            self._save_state(self.output.output_dir / state_name(self.output, point), step.step)
+        for gone in prune(self.output, point):
+            self.files = [file for file in self.files if file != gone]
+            if gone.is_dir():
+                shutil.rmtree(gone)
+            else:
+                gone.unlink()
+        return Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
+
+    def restore(self, point: ResumePoint) -> None:
+        """Put weights, optimizer and schedule back as they were.
+
+        Raises:
+            UserError: If the state does not fit.
+        """
+        load_parameters(point.folder, self.assembly.parameters)
+        same_length = point.manifest.total == self.prepared.counts.total
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        load_optimizer(
+            point.folder,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler if same_length else None,
+            scaler=self.scaler,
+        )
+        if not same_length:
+            self._replay_schedule(point.manifest.step, rates)
+        logger.info("resumed from %s at step %d", point.folder, point.manifest.step)
+
+    def _replay_schedule(self, steps: int, rates: list[float]) -> None:
+        """Bring the schedule of a run of another length to where it would be after ``steps``."""
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for _ in range(steps):
+            self.scheduler.step()
+
+    def _save_state(self, folder: Path, step: int) -> None:
+        config, prepared = self.prepared.config, self.prepared
+        manifest = Manifest(
+            step=step,
+            total=prepared.counts.total,
+            seed=prepared.seed,
+            options=shaping_options(config),
+            dataset=self._dataset,
+            model=model_identity(self.record.described),
+            plugins={plugin.name: plugin.version for plugin in config.plugins},
+        )
+        save_state(
+            folder,
+            manifest,
+            parameters=self.assembly.parameters,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+        )
+        logger.info("saved %s", folder)

@@ -1,0 +1,262 @@
+"""The full state of a run on disk: a folder of safetensors and JSON, complete or not there.
+
+Nothing is pickled. A state holds the weights as they train, the optimizer, the schedule and a
+manifest; random streams and the position in the data derive from the step (see :mod:`.rng`) and
+need no room. The folder is made under another name and renamed when every file in it is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdxl_train._version import __version__
+from sdxl_train.checkpoint import sync_folder
+from sdxl_train.errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LRScheduler
+
+SCHEMA_VERSION = 1
+MANIFEST = "state.json"
+"""Written last: a folder without it is no state."""
+_FOLDER_NAME = re.compile(r"(?:\.(?=.*-state\.))?(.+)-state(?:\.[^.]+(?:\.old)?)?")
+_PARAMETERS, _OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
+_DETAILS = "details.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a state is of; compared before a run goes on from it.
+
+    Attributes:
+        step: Optimizer steps done.
+        total: Optimizer steps of the run that saved it.
+        seed: Seed of the run.
+        options: Value of every option that shapes the training.
+        dataset: Digest of the images, captions and buckets.
+        model: Identity of the base model.
+        plugins: Version of each plugin by name.
+    """
+
+    step: int
+    total: int
+    seed: int
+    options: Mapping[str, Any]
+    dataset: str
+    model: str
+    plugins: Mapping[str, str]
+    sdxl_train: str = __version__
+    schema_version: int = SCHEMA_VERSION
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read what a state is of. Imports no torch.
+
+    Raises:
+        UserError: If the folder is no complete state, or one of a later version.
+    """
+    try:
+        document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError.of(
+            str(folder), f"is no complete state: it has no {MANIFEST}", _states_nearby(folder)
+        ) from None
+    except ValueError as error:
+        raise UserError.of(str(folder / MANIFEST), f"is not JSON: {error}") from None
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise UserError.of(
+            str(folder),
+            f"has schema version {document.get('schema_version')}, written by sdxl-train "
+            f"{document.get('sdxl_train')}; this one reads {SCHEMA_VERSION}",
+            "use the version that wrote it",
+        )
+    return Manifest(**document)
+
+
+def complete_states(folder: Path, stem: str | None = None) -> list[tuple[int, Path]]:
+    """Give the complete states in a folder with their steps, the newest last.
+
+    Ordered by step: clocks and file times can lie. With ``stem``, only those of that run's name.
+    """
+    found = []
+    for path in folder.glob(f"*-state*/{MANIFEST}"):
+        # A kill between two renames leaves a whole state under its temporary name.
+        named = _FOLDER_NAME.fullmatch(path.parent.name)
+        if named and (stem is None or re.fullmatch(rf"{re.escape(stem)}(-(step)?\d+)?", named[1])):
+            try:
+                found.append((read_manifest(path.parent).step, path.parent))
+            except UserError:
+                continue
+    return sorted(found)
+
+
+def save_state(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    parameters: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Write a state; a state of that name stays whole until the new one is.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    tensors, plain = _split(optimizer.state_dict())
+    details = {
+        "optimizer": plain,
+        "scheduler": _plain(scheduler.state_dict()),
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            _write_tensors(temporary / _PARAMETERS, {str(i): p for i, p in enumerate(parameters)})
+            _write_tensors(temporary / _OPTIMIZER, tensors)
+            _write_json(temporary / _DETAILS, details)
+            _write_json(temporary / MANIFEST, asdict(manifest))
+            temporary.chmod(folder.parent.stat().st_mode & 0o777)
+            sync_folder(temporary)
+            _replace_folder(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise TrainingError(f"state {folder} cannot be written: {error.strerror}") from error
+
+
+def load_parameters(folder: Path, parameters: Sequence[Tensor]) -> None:
+    """Put the trained parameters back, bit for bit.
+
+    Raises:
+        UserError: If the file is corrupt, or of other parameters.
+    """
+    saved = _read_tensors(folder / _PARAMETERS)
+    shapes = [list(saved[str(i)].shape) for i in range(len(saved)) if str(i) in saved]
+    if shapes != [list(parameter.shape) for parameter in parameters]:
+        raise UserError.of(
+            str(folder),
+            f"holds {len(saved)} parameters of other shapes than the {len(parameters)} that train",
+            "set the network's options as they were",
+        )
+    for index, parameter in enumerate(parameters):
+        parameter.detach().copy_(saved[str(index)])
+
+
+def load_optimizer(
+    folder: Path,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler | None,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """Put optimizer, schedule and gradient scaler back; ``scheduler`` None leaves that one alone.
+
+    Raises:
+        UserError: If a file is corrupt, or of other parameters.
+    """
+    try:
+        details = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
+        merged = _merge(_read_tensors(folder / _OPTIMIZER), details["optimizer"])
+        optimizer.load_state_dict(merged)
+        if scheduler is not None:
+            scheduler.load_state_dict(details["scheduler"])
+        if scaler is not None and details["scaler"]:
+            scaler.load_state_dict(details["scaler"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError.of(
+            str(folder), f"its optimizer state does not fit: {error}", "resume from another state"
+        ) from error
+
+
+def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Part an optimizer's ``state_dict`` into tensors by ``index.name`` and plain values."""
+    import torch
+
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                plain.setdefault(str(index), {})[name] = value
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def _merge(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
+    entries: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in plain["state"].items()
+    }
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = tensor
+    return {"state": entries, "param_groups": plain["param_groups"]}
+
+
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out of a scheduler's state what its constructor makes anew (functions, optimizers)."""
+    kept = {}
+    for name, value in state.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            continue
+        kept[name] = value
+    return kept
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    import safetensors.torch
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _write(path, safetensors.torch.save(plain))
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise UserError.of(str(path), f"is corrupt: {error}", "resume from another state") from None
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(document, indent=1).encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace_folder(new: Path, final: Path) -> None:
+    """Rename ``new`` to ``final``; a folder cannot be renamed onto one that holds files."""
+    old = new.with_name(f"{new.name}.old")
+    if final.exists():
+        final.rename(old)
+    new.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _states_nearby(folder: Path) -> str:
+    near = [path for place in (folder, folder.parent) for _, path in complete_states(place)]
+    return f"states here: {', '.join(str(path) for path in near[-5:])}" if near else ""

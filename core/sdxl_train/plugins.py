@@ -160,6 +160,7 @@ class PluginHost:
         if plugin.name not in self.enabled:
             self.manager.register(plugin.implementations, name=plugin.name)
             self.enabled[plugin.name] = plugin
+            logging.getLogger(plugin.module.partition(".")[0]).setLevel(logging.INFO)
         return plugin
 
     def load(self, name: str) -> LoadedPlugin:

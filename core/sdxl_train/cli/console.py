@@ -31,13 +31,24 @@ class _Console(logging.StreamHandler[TextIO]):
         return text
 
 
+def _concerns_the_run(record: logging.LogRecord) -> bool:
+    """Let our packages and the enabled plugins speak; of other libraries only errors.
+
+    Their warnings are for programmers: an optional accelerator that is absent, a text that is cut
+    later anyway. The host sets a level on the packages that take part.
+    """
+    package = logging.getLogger(record.name.partition(".")[0])
+    return record.levelno >= logging.ERROR or package.level != logging.NOTSET
+
+
 def configure_output() -> None:
     """Send the log to standard error, and let no character of a message stop the program."""
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
-        root.addHandler(_Console())
-    for name in ("sdxl_train", "sdxl_lora_plugins"):
-        logging.getLogger(name).setLevel(logging.INFO)
+        console = _Console()
+        console.addFilter(_concerns_the_run)
+        root.addHandler(console)
+    logging.getLogger("sdxl_train").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A console of another encoding must not turn a message into a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")

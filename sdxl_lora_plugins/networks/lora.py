@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sdxl_lora_plugins.networks.targets import attention_targets
@@ -49,14 +50,18 @@ class LoraLayer(nn.Module):
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.alpha = alpha
         self.scale = alpha / rank
         self._base_forward = layer.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the adapted output of the layer for its input."""
-        delta: Tensor = self.lora_up(self.dropout(self.lora_down(x)))
+        """Give the adapted output of the layer for its input.
+
+        Dropout acts while gradients are recorded: sampling and validation use the whole network.
+        """
+        low = F.dropout(self.lora_down(x), self.dropout, training=torch.is_grad_enabled())
+        delta: Tensor = self.lora_up(low)
         return self._base_forward(x) + delta * self.scale
 
 

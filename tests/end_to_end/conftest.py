@@ -1,0 +1,279 @@
+"""A tiny SDXL and small real photographs, made once, and runs on them that tell what they did."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import sdxl_train
+from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from sdxl_train.run import RunResult
+
+SEED = 7
+
+PHOTOGRAPHS = {
+    "astronaut": ("astronaut.png", (64, 64), "a woman in an orange space suit, a flag"),
+    "coffee": ("coffee.png", (64, 64), "a cup of coffee on a wooden table"),
+    "rocket": ("rocket.jpg", (64, 64), "a rocket on its launch pad, night"),
+    "chelsea": ("chelsea.png", (75, 50), "a tabby cat, green eyes, close up"),
+    "hubble": ("hubble_deep_field.jpg", (75, 50), "galaxies in deep space"),
+}
+"""Photographs that come with scikit-image: file, (width, height) to train at, caption."""
+
+RECORDER = '''
+"""Keeps what a run starts from and what each of its steps gives, beside its files."""
+import json
+
+from safetensors.torch import save_file
+
+from sdxl_train import hookimpl
+
+_steps = []
+
+
+@hookimpl
+def run_started(run):
+    _steps.clear()
+    state = run.assembly.adapter.state_dict()
+    save_file({name: t.clone() for name, t in state.items()}, run.output_dir / "initial.st")
+
+
+@hookimpl
+def step_finished(step):
+    _steps.append(
+        {
+            "step": step.step,
+            "epoch": step.epoch,
+            "loss": step.loss.item(),
+            "grad_norm": step.grad_norm.item(),
+            "learning_rates": dict(step.learning_rates),
+            "keys": list(step.keys),
+        }
+    )
+
+
+@hookimpl
+def run_finished(run):
+    (run.output_dir / "steps.json").write_text(json.dumps(_steps))
+'''
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run that is over: what it was asked, what it wrote, what its steps gave."""
+
+    options: dict[str, Any]
+    result: RunResult
+    folder: Path
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """The network before the first step, under the names of files."""
+        return load_file(self.folder / "initial.st")
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """What each step gave."""
+        steps: list[dict[str, Any]] = json.loads((self.folder / "steps.json").read_text())
+        return steps
+
+    @property
+    def path(self) -> Path:
+        """The final file."""
+        return self.result.files[-1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of the final file."""
+        return load_file(self.path)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of the final file."""
+        return read_metadata(self.path)
+
+
+class MakeOptions(Protocol):
+    def __call__(self, **changes: Any) -> dict[str, Any]: ...
+
+
+class TrainLora(Protocol):
+    def __call__(self, **changes: Any) -> Trained: ...
+
+
+class StartCommand(Protocol):
+    def __call__(
+        self, options: dict[str, Any], *, launcher: tuple[str, ...] = ..., command: str = ""
+    ) -> subprocess.Popen[str]: ...
+
+
+class SameTensors(Protocol):
+    def __call__(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> bool: ...
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for tensors this small, several only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL as a diffusers folder. Not to be written to."""
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny-sdxl", seed=SEED)
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same tiny SDXL as a single file. Not to be written to."""
+    path = tmp_path_factory.mktemp("model") / "tiny-sdxl.safetensors"
+    return write_tiny_sdxl(path, seed=SEED, single_file=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as a model that says it predicts velocity. Not to be written to."""
+    path = tmp_path_factory.mktemp("model") / "tiny-sdxl-v"
+    return write_tiny_sdxl(path, seed=SEED, prediction_type="v_prediction")
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five photographs with captions, three square and two wide, each twice an epoch."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for name, (source, size, caption) in PHOTOGRAPHS.items():
+        path = folder / "2_photo" / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        with resources.files("skimage.data").joinpath(source).open("rb") as file:
+            Image.open(file).convert("RGB").resize(size).save(path)
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file plugin that writes down what a run does."""
+    path = tmp_path_factory.mktemp("plugins") / "recorder.py"
+    path.write_text(RECORDER, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def options(
+    tiny_file: Path,
+    photographs: Path,
+    recorder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> MakeOptions:
+    """Options of a short run on the photographs, with its own output folder."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        chosen = {
+            "pretrained_model_name_or_path": str(tiny_file),
+            "train_data_dir": str(photographs),
+            "output_dir": str(tmp_path_factory.mktemp("output")),
+            "output_name": "photo",
+            "plugin": [str(recorder)],
+            # Two buckets, 64x64 and 64x32; the wide photographs are cropped, not resized.
+            "resolution": 64,
+            "enable_bucket": True,
+            "bucket_no_upscale": True,
+            "bucket_reso_steps": 32,
+            "min_bucket_reso": 32,
+            "max_bucket_reso": 128,
+            "train_batch_size": 2,
+            "network_module": "networks.lora",
+            "network_dim": 4,
+            "network_alpha": 2.0,
+            "learning_rate": 1e-3,
+            "max_train_steps": 4,
+            "seed": 42,
+            "progress": False,
+            "max_data_loader_n_workers": 0,
+            **changes,
+        }
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train_lora(options: MakeOptions) -> TrainLora:
+    """Train in this process; a change to ``None`` leaves the option out."""
+
+    def train(**changes: Any) -> Trained:
+        chosen = options(**changes)
+        result = sdxl_train.train(chosen)
+        return Trained(options=chosen, result=result, folder=Path(chosen["output_dir"]))
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def start_command() -> StartCommand:
+    """Start the installed command, or another way to run it, with these options as flags."""
+    installed = (str(Path(sys.executable).with_name("sdxl-train")),)
+
+    def start(
+        options: dict[str, Any], *, launcher: tuple[str, ...] = installed, command: str = ""
+    ) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launcher, *command.split(), *as_flags(options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    return start
+
+
+def as_flags(options: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words += [f"--{name}", str(value).lower()]
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}", str(value)]
+    return words
+
+
+@pytest.fixture(scope="session")
+def same_tensors() -> SameTensors:
+    """Tell whether two sets of tensors are the same, bit for bit."""
+
+    def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+        return first.keys() == second.keys() and all(
+            torch.equal(tensor, second[name]) and tensor.dtype == second[name].dtype
+            for name, tensor in first.items()
+        )
+
+    return same

@@ -73,19 +73,36 @@ def register_timesteps() -> dict[str, type[Timesteps]]:
 @hookimpl
 def register_noises() -> dict[str, type[Noise]]:
     """Give the noise transforms in the order in which they apply."""
-    return {"noise-offset": noises.NoiseOffset}
+    return {
+        "immiscible": noises.Immiscible,
+        "noise-offset": noises.NoiseOffset,
+        "multires": noises.Multires,
+        "input-perturbation": noises.InputPerturbation,
+    }
 
 
 @hookimpl
 def register_losses() -> dict[str, type[Loss]]:
     """Give the losses."""
-    return {"l2": losses.L2}
+    return {
+        "l2": losses.L2,
+        "l1": losses.L1,
+        "huber": losses.Huber,
+        "smooth_l1": losses.SmoothL1,
+        "log-cosh": losses.LogCosh,
+    }
 
 
 @hookimpl
 def register_weightings() -> dict[str, type[Weighting]]:
     """Give the timestep weightings."""
-    return {"min-snr": weightings.MinSnr}
+    return {
+        "min-snr": weightings.MinSnr,
+        "scale-v-pred": weightings.ScaleVelocityLikeNoise,
+        "v-pred-like": weightings.VelocityLikeLoss,
+        "debiased-estimation": weightings.DebiasedEstimation,
+        "p2": weightings.P2,
+    }
 
 
 @hookimpl

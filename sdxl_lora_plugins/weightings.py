@@ -1,15 +1,24 @@
-"""Weights of a sample's loss by its timestep."""
+"""Weights of a sample's loss by its timestep.
+
+``SNR`` is ``abar_t / (1 - abar_t)``. A weight that a paper states for the error of the noise is
+times ``SNR / (SNR + 1)`` for the velocity, whose squared error is larger by the inverse.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdxl_train import Field, Weighting
+from sdxl_train import Field, Problem, UserError, Weighting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
-    from sdxl_train import NoiseSchedule, WeightFunction
+    from sdxl_train import NoiseSchedule, RunConfig, WeightFunction
+
+_MAX_SNR = 1000.0
+"""Where sd-scripts cuts the ratio, so that the cleanest timesteps keep some weight."""
 
 
 class MinSnr(Weighting):
@@ -31,5 +40,134 @@ class MinSnr(Weighting):
         def weight(timesteps: Tensor) -> Tensor:
             snr = schedule.snr(timesteps)
             return snr.clamp(max=self.min_snr_gamma) / (snr + offset)
+
+        return weight
+
+
+class DebiasedEstimation(Weighting):
+    """Debiased estimation: noisy timesteps count more (Yu et al. 2024, "Debias the Training").
+
+    ``1 / sqrt(SNR)`` for noise prediction, ``1 / (SNR + 1)`` for velocity; SNR at most 1000.
+    """
+
+    debiased_estimation_loss: bool = Field(
+        False, description="Weight the loss by 1 / sqrt(SNR); for velocity by 1 / (SNR + 1)."
+    )
+
+    def active(self) -> bool:
+        """Tell whether there is any weighting."""
+        return self.debiased_estimation_loss
+
+    def build(self, schedule: NoiseSchedule) -> WeightFunction:
+        """Build the weight function."""
+        is_velocity = schedule.prediction_type == "v_prediction"
+
+        def weight(timesteps: Tensor) -> Tensor:
+            snr = schedule.snr(timesteps).clamp(max=_MAX_SNR)
+            return 1.0 / (snr + 1.0) if is_velocity else snr.rsqrt()
+
+        return weight
+
+
+class ScaleVelocityLikeNoise(Weighting):
+    """Weights the velocity's error as the noise's would count: ``SNR / (SNR + 1)``.
+
+    The identity ``v = sqrt(abar) noise - sqrt(1 - abar) x_0`` (Salimans & Ho 2022) gives the ratio
+    of both errors. SNR at most 1000.
+    """
+
+    scale_v_pred_loss_like_noise_pred: bool = Field(
+        False, description="Weight the loss of a velocity model like that of a noise model."
+    )
+
+    def active(self) -> bool:
+        """Tell whether there is any weighting."""
+        return self.scale_v_pred_loss_like_noise_pred
+
+    def build(self, schedule: NoiseSchedule) -> WeightFunction:
+        """Build the weight function.
+
+        Raises:
+            UserError: If the model predicts the noise.
+        """
+        if schedule.prediction_type != "v_prediction":
+            raise UserError.of(
+                "--scale_v_pred_loss_like_noise_pred",
+                "is for models that predict velocity, and this one predicts the noise",
+                "add --v_parameterization if it does predict velocity, or leave the option out",
+            )
+
+        def weight(timesteps: Tensor) -> Tensor:
+            snr = schedule.snr(timesteps).clamp(max=_MAX_SNR)
+            return snr / (snr + 1.0)
+
+        return weight
+
+
+class VelocityLikeLoss(Weighting):
+    """Adds a share of the velocity's error to that of the noise: ``1 + w (SNR + 1) / SNR``.
+
+    The inverse of ``scale-v-pred``, for models that predict the noise. SNR at most 1000.
+    """
+
+    v_pred_like_loss: float = Field(
+        0.0, ge=0, description="Share w of a velocity-like loss that is added. 0 = off."
+    )
+
+    def active(self) -> bool:
+        """Tell whether there is any weighting."""
+        return self.v_pred_like_loss > 0
+
+    def build(self, schedule: NoiseSchedule) -> WeightFunction:
+        """Build the weight function.
+
+        Raises:
+            UserError: If the model predicts velocity.
+        """
+        if schedule.prediction_type == "v_prediction":
+            raise UserError.of(
+                "--v_pred_like_loss",
+                "is for models that predict the noise, and this one predicts velocity "
+                "(--v_parameterization, or what the model says of itself)",
+                "leave one of them out",
+            )
+
+        def weight(timesteps: Tensor) -> Tensor:
+            snr = schedule.snr(timesteps).clamp(max=_MAX_SNR)
+            return 1.0 + self.v_pred_like_loss * (snr + 1.0) / snr
+
+        return weight
+
+
+class P2(Weighting):
+    """P2: timesteps that hold little detail count more (Choi et al. 2022, eq. 8).
+
+    ``1 / (k + SNR)^gamma`` for noise prediction, times ``SNR / (SNR + 1)`` for velocity.
+    """
+
+    p2_gamma: float = Field(0.0, ge=0, description="Gamma of P2, 0.5 to 1. 0 = off.")
+    p2_k: float = Field(1.0, gt=0, description="k of P2: limits the weight of noisy timesteps.")
+
+    def active(self) -> bool:
+        """Tell whether there is any weighting; without a word of gamma, :meth:`check` asks."""
+        return self.p2_gamma > 0 or "p2_gamma" not in self.model_fields_set
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse a k without a gamma."""
+        if "p2_gamma" not in self.model_fields_set:
+            yield Problem(
+                place=config.place("p2_k" if self.model_fields_set else "weighting"),
+                message="has no effect without --p2_gamma",
+                remedy="add --p2_gamma 1, or leave it out",
+            )
+
+    def build(self, schedule: NoiseSchedule) -> WeightFunction:
+        """Build the weight function."""
+        is_velocity = schedule.prediction_type == "v_prediction"
+
+        def weight(timesteps: Tensor) -> Tensor:
+            snr = schedule.snr(timesteps)
+            weights = (self.p2_k + snr) ** -self.p2_gamma
+            return weights * snr / (snr + 1.0) if is_velocity else weights
 
         return weight

@@ -136,9 +136,15 @@ def differences(point: ResumePoint, config: RunConfig, scan: Scan) -> Iterator[P
 
 
 def shaping_options(config: RunConfig) -> dict[str, Any]:
-    """Give the options that decide what is trained, as plain JSON values."""
+    """Give the options that decide what is trained, as plain JSON values.
+
+    Those of observers are not among them: an observer cannot change the weights.
+    """
+    watching = {name for observer in config.observers for name in type(observer).model_fields}
     return {
-        name: item["value"] for name, item in config.options().items() if name not in MAY_CHANGE
+        name: item["value"]
+        for name, item in config.options().items()
+        if name not in MAY_CHANGE and name not in watching
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,8 +104,11 @@ class Saver:
         """Bring the schedule of a run of another length to where it would be after ``steps``."""
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        for _ in range(steps):
-            self.scheduler.step()
+        with warnings.catch_warnings():
+            # torch warns of a schedule that steps before its optimizer, which here did long ago.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(steps):
+                self.scheduler.step()
 
     def _save_state(self, folder: Path, step: int) -> None:
         config, prepared = self.prepared.config, self.prepared

@@ -41,12 +41,29 @@ def _concerns_the_run(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or package.level != logging.NOTSET
 
 
+class _Once(logging.Filter):
+    """Say a thing once: a run builds its model twice, for the plan and for the training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let a record through whose text its logger has not said before."""
+        text = (record.name, record.getMessage())
+        if text in self._said:
+            return False
+        self._said.add(text)
+        return True
+
+
 def configure_output() -> None:
     """Send the log to standard error, and let no character of a message stop the program."""
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
         console = _Console()
         console.addFilter(_concerns_the_run)
+        console.addFilter(_Once())
         root.addHandler(console)
     logging.getLogger("sdxl_train").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):

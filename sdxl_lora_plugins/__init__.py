@@ -44,7 +44,13 @@ def register_models() -> dict[str, type[Model]]:
 @hookimpl
 def register_networks() -> dict[str, type[Network]]:
     """Give the networks, also under sd-scripts' module path."""
-    return {"lora": networks.Lora, "networks.lora": networks.Lora}
+    return {
+        "lora": networks.Lora,
+        "networks.lora": networks.Lora,
+        "locon": networks.Locon,
+        "lokr": networks.Lokr,
+        "networks.lokr": networks.Lokr,
+    }
 
 
 @hookimpl

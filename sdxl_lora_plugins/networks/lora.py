@@ -6,32 +6,30 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from sdxl_lora_plugins.networks.targets import attention_targets
-from sdxl_train import ParameterGroup, UserError
+from sdxl_lora_plugins.networks.adapter import AdaptedLayer, LayerAdapter, initial_device
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
+    from sdxl_lora_plugins.networks import Lora
     from sdxl_lora_plugins.networks.targets import Target
     from sdxl_train import LoadedModel
 
 
-class LoraLayer(nn.Module):
-    """The low-rank delta of one layer. Its factors are fp32, on the device of the layer.
+class LoraLayer(AdaptedLayer):
+    """The low-rank delta of one layer.
 
     ``lora_down`` starts as sd-scripts does (Kaiming uniform with a = sqrt(5)), ``lora_up`` at
     zero, so a fresh layer changes nothing.
     """
 
-    def __init__(self, target: Target, *, rank: int, alpha: float, dropout: float) -> None:
-        super().__init__()
-        layer = target.layer
-        device = layer.weight.device
+    def __init__(self, target: Target, options: Lora) -> None:
+        super().__init__(target, options)
+        layer, rank, device = target.layer, target.rank, initial_device(target.layer)
         self.lora_down: nn.Linear | nn.Conv2d
         self.lora_up: nn.Linear | nn.Conv2d
         if isinstance(layer, nn.Linear):
@@ -50,99 +48,81 @@ class LoraLayer(nn.Module):
             self.lora_up = nn.Conv2d(rank, layer.out_channels, 1, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
-        self.dropout = dropout
-        self.alpha = alpha
-        self.scale = alpha / rank
-        self._base_forward = layer.forward
+        # Kalajdzievski 2023: alpha / sqrt(r) keeps the delta's size whatever the rank.
+        # Files have no word for it, so their alpha takes the difference.
+        self.alpha = target.alpha * (math.sqrt(rank) if options.rs_lora else 1.0)
+        self.scale = self.alpha / rank
+        # In a tuple: as an attribute the frozen layer would be a part of this one.
+        self._frozen = (layer,)
+        self.dora_scale: nn.Parameter | None = None
+        if options.dora_wd:
+            self.dora_scale = nn.Parameter(_norm_by_input(layer.weight))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the adapted output of the layer for its input.
+    def adapted(self, x: Tensor) -> Tensor:
+        """Give the output with the delta and, for DoRA, with the norm of its own."""
+        return super().adapted(x if self.dora_scale is None else self._normalized(x))
 
-        Dropout acts while gradients are recorded: sampling and validation use the whole network.
-        """
-        low = F.dropout(self.lora_down(x), self.dropout, training=torch.is_grad_enabled())
-        delta: Tensor = self.lora_up(low)
-        return self._base_forward(x) + delta * self.scale
+    def delta(self, x: Tensor) -> Tensor:
+        """Give what is added to the layer's output for its input."""
+        up: Tensor = self.lora_up(self.dropped(self.lora_down(x)))
+        return up * self.scale
 
-
-class LoraAdapter:
-    """LoRA on every attention and feed-forward layer of the parts that train.
-
-    The layers stay where and what they are; only their ``forward`` is replaced, so code that looks
-    at their weights keeps working.
-    """
-
-    def __init__(self, model: LoadedModel, *, rank: int, alpha: float, dropout: float) -> None:
-        self.rank = rank
-        self.alpha = alpha
-        self.parts = {part.name: part for part in model.parts}
-        self.targets = [target for part in model.parts for target in attention_targets(part)]
-        self.layers = {
-            target.name: LoraLayer(target, rank=rank, alpha=alpha, dropout=dropout)
-            for target in self.targets
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the factors and ``alpha``, with which the scale is ``alpha / rank``."""
+        tensors = {
+            "alpha": torch.tensor(self.alpha),
+            "lora_down.weight": self.lora_down.weight.detach(),
+            "lora_up.weight": self.lora_up.weight.detach(),
         }
-        for target in self.targets:
-            target.layer.forward = self.layers[target.name].forward  # type: ignore[assignment]
+        if self.dora_scale is not None:
+            tensors["dora_scale"] = self.dora_scale.detach()
+        return tensors
 
-    def groups(self) -> Sequence[ParameterGroup]:
-        """Give one group for each part."""
-        return [
-            ParameterGroup(
-                part=part.name,
-                name=part.group,
-                parameters=[
-                    parameter
-                    for target in self.targets
-                    if target.part == part.name
-                    for parameter in self.layers[target.name].parameters()
-                ],
-                lr=part.lr,
-            )
-            for part in self.parts.values()
-        ]
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors that have the names and shapes of :meth:`tensors`."""
+        self.lora_down.weight.copy_(tensors["lora_down.weight"])
+        self.lora_up.weight.copy_(tensors["lora_up.weight"])
+        if self.dora_scale is not None:
+            self.dora_scale.copy_(tensors["dora_scale"])
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Give ``lora_down.weight``, ``lora_up.weight`` and ``alpha`` of every layer."""
-        state: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            state[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
-            state[f"{name}.lora_down.weight"] = layer.lora_down.weight.detach()
-            state[f"{name}.lora_up.weight"] = layer.lora_up.weight.detach()
-        return state
+    def plus_parameters(self) -> list[nn.Parameter]:
+        """Give ``lora_up`` (Hayou et al. 2024)."""
+        return list(self.lora_up.parameters())
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a file with exactly these layers and this rank and alpha.
+    def _normalized(self, x: Tensor) -> Tensor:
+        """Scale the input so that the merged weight has the norm ``dora_scale`` by input channel.
 
-        Raises:
-            UserError: If a key is missing or unknown, or a shape or alpha differs.
+        DoRA (Liu et al. 2024, equation 5) for the axis that image UIs read: scaling a column of
+        the weight is scaling its input. The norm is a constant for the gradient (section 4.3).
         """
-        own = self.state_dict()
-        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if missing or unknown:
-            raise UserError.of(
-                "network weights",
-                f"{len(missing)} keys are missing (first: {missing[:3]}), {len(unknown)} are "
-                f"unknown (first: {unknown[:3]})",
-            )
-        for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
-                raise UserError.of(
-                    name, f"has shape {list(state[name].shape)}, expected {list(tensor.shape)}"
-                )
-            if name.endswith(".alpha") and not torch.isclose(state[name].float(), tensor):
-                raise UserError.of(name, f"is {state[name].item():g}, expected {tensor.item():g}")
-        for name, tensor in own.items():
-            if not name.endswith(".alpha"):
-                tensor.copy_(state[name])
+        assert self.dora_scale is not None
+        factor = (self.dora_scale / self._merged_norm()).flatten()
+        if isinstance(self.lora_down, nn.Conv2d):
+            factor = factor[:, None, None]
+        # In fp32: a bf16 factor near 1 moves in steps of a 128th.
+        return (x.float() * factor).to(x.dtype)
 
-    def metadata(self) -> dict[str, str]:
-        """Give rank and alpha."""
-        return {"ss_network_dim": str(self.rank), "ss_network_alpha": str(float(self.alpha))}
+    @torch.no_grad()
+    def _merged_norm(self) -> Tensor:
+        down, up = self.lora_down.weight, self.lora_up.weight
+        with torch.autocast(down.device.type, enabled=False):
+            frozen = self._frozen[0].weight
+            delta = up.flatten(1) @ down.flatten(1) * self.scale
+            return _norm_by_input(frozen + delta.view(frozen.shape))
 
-    def prepare_step(self, timesteps: Tensor) -> None:
-        """Do nothing: plain LoRA is the same at every timestep."""
 
-    def detach(self) -> None:
-        """Give every layer its own ``forward`` back."""
-        for target in self.targets:
-            del target.layer.forward
+def _norm_by_input(weight: Tensor) -> Tensor:
+    """Give the norm of each input channel [1, in(, 1, 1)] in fp32, never zero."""
+    others = [dim for dim in range(weight.ndim) if dim != 1]
+    norm: Tensor = torch.linalg.vector_norm(weight.detach().float(), dim=others, keepdim=True)
+    return norm + torch.finfo(norm.dtype).eps
+
+
+class LoraAdapter(LayerAdapter):
+    """LoRA on every chosen layer."""
+
+    layers: dict[str, LoraLayer]  # type: ignore[assignment]
+
+    def __init__(self, model: LoadedModel, options: Lora) -> None:
+        super().__init__(model, options, lambda target: LoraLayer(target, options))

@@ -1,0 +1,222 @@
+"""What the networks share: a delta on each chosen layer, in groups, files and back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdxl_lora_plugins.networks.targets import targets
+from sdxl_train import ParameterGroup, Problem, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from sdxl_lora_plugins.networks import BlockNetwork
+    from sdxl_lora_plugins.networks.targets import Target
+    from sdxl_train import LoadedModel
+
+_NAMED_KEYS = 3
+
+
+class AdaptedLayer(nn.Module):
+    """The delta of one layer. Its parameters are fp32, on the device of the layer.
+
+    There is no train or eval: every dropout acts while gradients are recorded, so training has it
+    and sampling and validation use the whole network.
+    """
+
+    def __init__(self, target: Target, options: BlockNetwork) -> None:
+        super().__init__()
+        self.rank = target.rank
+        self.alpha = target.alpha
+        self.dropout = options.network_dropout or 0.0
+        self.rank_dropout = options.rank_dropout
+        self.module_dropout = options.module_dropout
+        self._channels = 1 if isinstance(target.layer, nn.Conv2d) else -1
+        self._base_forward = target.layer.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the adapted output of the layer for its input."""
+        return self._base_forward(x) if self._skips() else self.adapted(x)
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """Give the output with the delta."""
+        return self._base_forward(x) + self.delta(x)
+
+    @abstractmethod
+    def delta(self, x: Tensor) -> Tensor:
+        """Give what is added to the layer's output for its input."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of a file by their names behind the layer's; ``alpha`` is fp32 []."""
+
+    @abstractmethod
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take tensors that have the names and shapes of :meth:`tensors`."""
+
+    def plus_parameters(self) -> list[nn.Parameter]:
+        """Give the parameters that LoRA+ trains faster."""
+        return []
+
+    def dropped(self, values: Tensor) -> Tensor:
+        """Drop single values and whole channels of [B, ..., C], or [B, C, h, w] of convolutions.
+
+        What stays is scaled, so that the mean is the same.
+        """
+        if not torch.is_grad_enabled():
+            return values
+        if self.dropout:
+            values = F.dropout(values, self.dropout)
+        if self.rank_dropout:
+            shape = [1] * values.ndim
+            shape[0], shape[self._channels] = values.shape[0], values.shape[self._channels]
+            kept = torch.rand(shape, device=values.device) >= self.rank_dropout
+            values = values * kept / (1 - self.rank_dropout)
+        return values
+
+    def _skips(self) -> bool:
+        """Tell whether module dropout leaves the layer unadapted this time."""
+        if not self.module_dropout or not torch.is_grad_enabled():
+            return False
+        # Drawn on the CPU: nothing waits for the device.
+        return torch.rand(()).item() < self.module_dropout
+
+
+def initial_device(layer: nn.Module) -> torch.device:
+    """Give where to draw a layer's factors: the CPU, so a seed means the same on every device."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.device if weight.is_meta else torch.device("cpu")
+
+
+class LayerAdapter:
+    """A network of one delta for each chosen layer; implements ``sdxl_train.Adapter``.
+
+    The layers of the model stay where and what they are; only their ``forward`` is replaced, so
+    code that looks at their weights keeps working.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        options: BlockNetwork,
+        make_layer: Callable[[Target], AdaptedLayer],
+    ) -> None:
+        self.options = options
+        self.parts = {part.name: part for part in model.parts}
+        self.denoiser = model.denoiser
+        self.targets = list(targets(model, options))
+        self.layers = {
+            target.name: make_layer(target).to(target.layer.weight.device)
+            for target in self.targets
+        }
+        self._own_forwards = {
+            target.name: vars(target.layer).get("forward") for target in self.targets
+        }
+        for target in self.targets:
+            target.layer.forward = self.layers[target.name].forward  # type: ignore[assignment]
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        """Give the groups of each part: by block where rates are, and LoRA+'s apart."""
+        members: dict[tuple[str, str, float], list[nn.Parameter]] = {}
+        for target in self.targets:
+            layer = self.layers[target.name]
+            ratio = self.options.plus_ratio(
+                is_denoiser=self.parts[target.part].module is self.denoiser
+            )
+            faster = {id(parameter) for parameter in layer.plus_parameters()}
+            for parameter in layer.parameters():
+                key = (target.part, target.group, target.lr_factor)
+                if ratio is not None and id(parameter) in faster:
+                    key = (target.part, f"{target.group} plus", target.lr_factor * ratio)
+                members.setdefault(key, []).append(parameter)
+        return [
+            ParameterGroup(
+                part=part,
+                name=name,
+                parameters=parameters,
+                lr=self.parts[part].lr,
+                lr_factor=factor,
+            )
+            for (part, name, factor), parameters in members.items()
+        ]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the tensors of every layer, as clients read them."""
+        return {
+            f"{name}.{key}": tensor
+            for name, layer in self.layers.items()
+            for key, tensor in layer.tensors().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a file with exactly these layers, ranks and alphas.
+
+        Raises:
+            UserError: If a key is missing or unknown, or a shape or alpha differs.
+        """
+        problems = list(self._mismatches(state))
+        if problems:
+            raise UserError(problems)
+        for name, layer in self.layers.items():
+            layer.load({key: state[f"{name}.{key}"] for key in layer.tensors()})
+
+    def metadata(self) -> dict[str, str]:
+        """Give rank and alpha, and what the network says of itself."""
+        return {
+            "ss_network_dim": str(self.options.rank),
+            "ss_network_alpha": str(float(self.options.network_alpha or self.options.rank)),
+            **self.options.metadata(),
+        }
+
+    def prepare_step(self, timesteps: Tensor) -> None:
+        """Do nothing: these networks are the same at every timestep."""
+
+    def detach(self) -> None:
+        """Give every layer the ``forward`` back that it had."""
+        for target in self.targets:
+            own = self._own_forwards[target.name]
+            if own is None:
+                del target.layer.forward
+            else:
+                target.layer.forward = own  # type: ignore[method-assign]
+
+    def _mismatches(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
+        own = self.state_dict()
+        for what, keys in (
+            ("keys are missing", own.keys() - state.keys()),
+            ("are unknown", state.keys() - own.keys()),
+        ):
+            if keys:
+                yield Problem(
+                    place="network weights",
+                    message=f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:_NAMED_KEYS])}",
+                    remedy="train with the network and the options that made the file",
+                )
+        for name in sorted(own.keys() & state.keys()):
+            expected, found = own[name], state[name]
+            if found.shape != expected.shape:
+                yield Problem(
+                    place=name,
+                    message=f"has shape {list(found.shape)}, expected {list(expected.shape)}",
+                    remedy="set the rank to that of the file",
+                )
+            elif name.endswith(".alpha") and not _agree(found, expected):
+                yield Problem(
+                    place=name,
+                    message=f"is {found.item():g}, expected {expected.item():g}",
+                    remedy="set alpha and rank to those of the file",
+                )
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Compare two scalars as exactly as the type of the first one can tell."""
+    tolerance = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
+    return torch.isclose(found.cpu().float(), expected, rtol=max(tolerance, 1e-6)).item() is True

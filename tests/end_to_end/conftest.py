@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,12 +85,12 @@ class Trained:
     result: RunResult
     folder: Path
 
-    @property
+    @cached_property
     def initial(self) -> dict[str, Tensor]:
         """The network before the first step, under the names of files."""
         return load_file(self.folder / "initial.st")
 
-    @property
+    @cached_property
     def steps(self) -> list[dict[str, Any]]:
         """What each step gave."""
         steps: list[dict[str, Any]] = json.loads((self.folder / "steps.json").read_text())
@@ -100,12 +101,12 @@ class Trained:
         """The final file."""
         return self.result.files[-1]
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the final file."""
         return load_file(self.path)
 
-    @property
+    @cached_property
     def metadata(self) -> dict[str, str]:
         """The metadata of the final file."""
         return read_metadata(self.path)
@@ -121,7 +122,7 @@ class TrainLora(Protocol):
 
 class StartCommand(Protocol):
     def __call__(
-        self, options: dict[str, Any], *, launcher: tuple[str, ...] = ..., command: str = ""
+        self, options: dict[str, Any], *, launcher: tuple[str, ...] = ...
     ) -> subprocess.Popen[str]: ...
 
 
@@ -205,8 +206,6 @@ def options(
             "enable_bucket": True,
             "bucket_no_upscale": True,
             "bucket_reso_steps": 32,
-            "min_bucket_reso": 32,
-            "max_bucket_reso": 128,
             "train_batch_size": 2,
             "network_module": "networks.lora",
             "network_dim": 4,
@@ -241,10 +240,10 @@ def start_command() -> StartCommand:
     installed = (str(Path(sys.executable).with_name("sdxl-train")),)
 
     def start(
-        options: dict[str, Any], *, launcher: tuple[str, ...] = installed, command: str = ""
+        options: dict[str, Any], *, launcher: tuple[str, ...] = installed
     ) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*launcher, *command.split(), *as_flags(options)],
+            [*launcher, *as_flags(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.end_to_end.conftest import SameTensors, StartCommand, Trained, TrainLora
+    from tests.end_to_end.conftest import SameTensors, Trained, TrainLora
 
 STEPS = 7
 """Five steps are an epoch."""
@@ -49,18 +48,6 @@ def test_single_file_and_folder_of_one_model_train_alike(
     assert same_tensors(other.tensors, baseline.tensors)
 
 
-def test_command_gives_the_same_file_as_the_library(
-    baseline: Trained,
-    start_command: StartCommand,
-    tmp_path: Path,
-    same_tensors: SameTensors,
-) -> None:
-    process = start_command({**baseline.options, "output_dir": str(tmp_path)})
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == 0, log
-    assert same_tensors(load_file(tmp_path / "photo.safetensors"), baseline.tensors)
-
-
 def test_another_seed_gives_other_weights(
     baseline: Trained, train_lora: TrainLora, same_tensors: SameTensors
 ) -> None:
@@ -85,6 +72,7 @@ def test_cached_text_encodings_change_nothing_but_rounding(train_lora: TrainLora
         )
         for cache in (False, True)
     )
+    assert all(name.startswith("lora_unet_") for name in live.tensors)
     losses = [step["loss"] for step in live.steps]
     assert [step["loss"] for step in cached.steps] == pytest.approx(losses, abs=1e-4)
 
@@ -93,7 +81,7 @@ def test_gradient_checkpointing_changes_nothing_even_with_dropout(
     train_lora: TrainLora,
 ) -> None:
     plain, checkpointed = (
-        train_lora(max_train_steps=3, network_dropout=0.5, gradient_checkpointing=checkpointing)
+        train_lora(max_train_steps=2, network_dropout=0.5, gradient_checkpointing=checkpointing)
         for checkpointing in (False, True)
     )
     assert plain.tensors.keys() == checkpointed.tensors.keys()

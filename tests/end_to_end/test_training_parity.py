@@ -247,8 +247,10 @@ def pair(
 def test_losses_and_gradients_equal_those_of_diffusers_and_peft(
     pair: tuple[Trained, Reference, Any],
 ) -> None:
-    ours, reference, _ = pair
+    ours, reference, pipeline = pair
     assert len(reference.losses) == STEPS
+    is_velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert ours.metadata["modelspec.prediction_type"] == ("v" if is_velocity else "epsilon")
     assert [step["loss"] for step in ours.steps] == pytest.approx(reference.losses, abs=1e-5)
     norms = [step["grad_norm"] for step in ours.steps]
     assert norms == pytest.approx(reference.grad_norms, rel=1e-4)

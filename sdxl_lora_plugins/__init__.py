@@ -67,6 +67,14 @@ def register_schedulers() -> dict[str, type[Scheduler]]:
         "constant_with_warmup": schedulers.ConstantWithWarmup,
         "linear": schedulers.Linear,
         "cosine": schedulers.Cosine,
+        "cosine_with_restarts": schedulers.CosineWithRestarts,
+        "cosine_with_min_lr": schedulers.CosineWithMinLr,
+        "cosine_warmup_with_min_lr": schedulers.CosineWarmupWithMinLr,
+        "polynomial": schedulers.Polynomial,
+        "inverse_sqrt": schedulers.InverseSqrt,
+        "warmup_stable_decay": schedulers.WarmupStableDecay,
+        "piecewise_constant": schedulers.PiecewiseConstant,
+        "rex": schedulers.Rex,
     }
 
 

@@ -117,7 +117,12 @@ class StepPlan:
 
     total: int
     warmup: int = 0
-    decay: int = 0
+
+    def count(self, steps_or_share: float | int) -> int:
+        """Give a :data:`StepsOrShare` as a number of steps."""
+        if isinstance(steps_or_share, float):
+            return int(steps_or_share * self.total)
+        return steps_or_share
 
 
 # ------------------------------------------------------------------------ what components build

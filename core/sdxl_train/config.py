@@ -180,21 +180,17 @@ class RunConfig:
     def options(self) -> dict[str, dict[str, Any]]:
         """Give the value and origin of every option in use, as plain JSON values."""
         resolved: dict[str, dict[str, Any]] = {}
-        groups: list[tuple[str, OptionModel]] = [
-            ("", self.host),
-            ("", self.training),
-            ("", self.output),
-            ("", self.dataset),
-        ]
+        groups: list[OptionModel] = [self.host, self.training, self.output, self.dataset]
         for entry, component in zip(self.entries, self.components, strict=True):
             selector = entry.kind.selector
             if not entry.kind.stacked:
                 resolved[selector] = {"value": entry.name, "origin": self._origin(selector)}
-            groups.append((f"{entry.kind.args}." if entry.kind.args else "", component))
-        for prefix, model in groups:
-            own = _own_args(model) if prefix else set()
+            groups.append(component)
+        for model in groups:
+            known = options_of(type(model))
             for name, value in model.model_dump(mode="json").items():
-                key = f"{prefix}{name}" if name in own else name
+                args = known[name].args
+                key = f"{args}.{name}" if args else name
                 resolved[key] = {"value": value, "origin": self._origin(key)}
         return resolved
 
@@ -216,11 +212,6 @@ class RunConfig:
     def _origin(self, name: str) -> str:
         setting = self.settings.get(name)
         return setting.origin if setting else "default"
-
-
-def _own_args(model: OptionModel) -> set[str]:
-    base = next(kind.base for kind in KINDS if isinstance(model, kind.base))
-    return set(options_of(type(model), inherited_from=base))
 
 
 CORE_OPTIONS: tuple[type[OptionModel], ...] = (

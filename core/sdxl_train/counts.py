@@ -48,7 +48,7 @@ class StepCounts:
             steps_per_epoch=per_epoch,
             epochs=math.ceil(total / per_epoch),
             total=total,
-            warmup=int(warmup * total) if isinstance(warmup, float) else warmup,
+            warmup=StepPlan(total=total).count(warmup),
         )
 
     @property

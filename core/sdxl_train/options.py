@@ -83,7 +83,13 @@ class Option:
 
     @cached_property
     def args(self) -> str | None:
-        """The option whose ``key=value`` words it is one of; None for a flag of its own."""
+        """The option whose ``key=value`` words it is one of; None for a flag of its own.
+
+        A component declares a flag with ``Field(..., json_schema_extra={"flag": True})``.
+        """
+        extra = self.field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("flag"):
+            return None
         for kind in KINDS:
             if kind.args and issubclass(self.owner, kind.base):
                 return None if self.name in kind.base.model_fields else kind.args
@@ -241,19 +247,9 @@ class Option:
 
 
 @cache
-def _options_of(model: type[OptionModel]) -> dict[str, Option]:
+def options_of(model: type[OptionModel]) -> dict[str, Option]:
+    """Give the options of a model by name, in order of declaration."""
     return {name: Option(name, model) for name in model.model_fields}
-
-
-def options_of(
-    model: type[OptionModel], *, inherited_from: type[OptionModel] | None = None
-) -> dict[str, Option]:
-    """Give the options of a model by name, in order of declaration.
-
-    With ``inherited_from``, only those that the model declares itself.
-    """
-    inherited = inherited_from.model_fields if inherited_from else ()
-    return {name: opt for name, opt in _options_of(model).items() if name not in inherited}
 
 
 def validate(

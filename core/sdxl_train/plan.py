@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sdxl_train.assembly import WEIGHT_DTYPES, assemble
+from sdxl_train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
 
     from sdxl_train.assembly import Assembly, ModuleCount
+    from sdxl_train.errors import Problem
     from sdxl_train.preflight import Prepared
 
 
@@ -47,6 +52,7 @@ def make_plan(prepared: Prepared) -> Plan:
     """
     config, counts = prepared.config, prepared.counts
     assembly = assemble(config, "meta", prepared.seed)
+    _try_components(prepared, assembly)
     groups = [
         {
             "name": group["name"],
@@ -76,6 +82,32 @@ def make_plan(prepared: Prepared) -> Plan:
         memory=_memory(prepared, assembly),
         warnings=list(prepared.warnings),
     )
+
+
+def _try_components(prepared: Prepared, assembly: Assembly) -> None:
+    """Let each component refuse the model's noise schedule or the length of the run.
+
+    Raises:
+        UserError: With what every one of them says.
+    """
+    config, schedule = prepared.config, assembly.model.schedule
+    # The schedule of the rates needs groups with rates, and no optimizer in particular.
+    optimizer = torch.optim.SGD([dict(group) for group in assembly.groups])
+    builds: list[Callable[[], object]] = [
+        partial(config.timesteps.build, schedule),
+        partial(config.loss.build, schedule),
+        *(partial(noise.build, schedule) for noise in config.noises),
+        *(partial(weighting.build, schedule) for weighting in config.weightings),
+        partial(config.scheduler.build, optimizer, prepared.counts.step_plan),
+    ]
+    problems: list[Problem] = []
+    for build in builds:
+        try:
+            build()
+        except UserError as error:
+            problems.extend(error.problems)
+    if problems:
+        raise UserError(problems)
 
 
 def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:

@@ -16,11 +16,7 @@ STEPS = 7
 """Five steps are an epoch."""
 
 NEUTRAL: dict[str, dict[str, Any]] = {
-    "worker processes": {"max_data_loader_n_workers": 2},
-    "persistent workers": {
-        "max_data_loader_n_workers": 1,
-        "persistent_data_loader_workers": True,
-    },
+    "worker processes": {"max_data_loader_n_workers": 2, "persistent_data_loader_workers": True},
     "cached latents": {"cache_latents": True},
     "progress and saves": {"progress": True, "save_every_n_steps": 2, "save_every_n_epochs": 1},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,19 +28,18 @@ def test_bf16_trains_like_fp32_and_saves_fp32(train_lora: TrainLora) -> None:
     assert mixed.metadata["ss_mixed_precision"] == "bf16"
 
 
-def test_bf16_is_reproducible_with_cached_encodings(train_lora: TrainLora) -> None:
-    first, second = (
-        train_lora(
-            mixed_precision="bf16",
-            network_train_unet_only=True,
-            cache_latents=True,
-            cache_text_encoder_outputs=True,
-            max_train_steps=2,
-        )
-        for _ in range(2)
+def test_bf16_trains_from_cached_encodings(train_lora: TrainLora) -> None:
+    run = train_lora(
+        mixed_precision="bf16",
+        cache_latents=True,
+        cache_text_encoder_outputs=True,
+        network_train_unet_only=True,
+        max_train_steps=2,
     )
-    assert first.steps == second.steps
-    assert all(name.startswith("lora_unet_") for name in first.tensors)
+    assert all(name.startswith("lora_unet_") for name in run.tensors)
+    assert all(math.isfinite(step["loss"]) for step in run.steps)
+    ups = [tensor for name, tensor in run.tensors.items() if name.endswith("lora_up.weight")]
+    assert all(bool(tensor.any()) for tensor in ups)
 
 
 def test_one_text_encoder_alone_trains_and_is_saved_alone(train_lora: TrainLora) -> None:

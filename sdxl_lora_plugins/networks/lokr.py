@@ -108,10 +108,12 @@ class LokrLayer(AdaptedLayer):
         mixed = F.conv2d(mixed, first.view(-1, *self._kernel), **self._convolution)
         for factor in rest:
             mixed = F.conv2d(mixed, factor[:, :, None, None])
-        mixed = mixed.view(len(x), -1, *mixed.shape[1:])
+        size = mixed.shape[1:]
+        # matmul, not einsum: that multiplies a rank of 1 element by element, outside of autocast.
+        mixed = mixed.reshape(len(x), -1, size.numel())
         for factor in reversed(list(self.w1.values())):
-            mixed = torch.einsum("oi,bi...->bo...", factor, mixed)
-        return mixed.flatten(1, 2)
+            mixed = torch.matmul(factor, mixed)
+        return mixed.view(len(x), -1, *size[1:])
 
 
 class LokrAdapter(LayerAdapter):

@@ -69,8 +69,30 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
             f"{config.name_of('network')} adapts no module of this model: nothing would train",
             "check its options and the learning rates",
         )
+    _require_one_rate(config, groups)
     return Assembly(
         model=model, adapter=adapter, groups=groups, parts=_count(model, adapter, declared)
+    )
+
+
+def _require_one_rate(config: RunConfig, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse rates that differ, if the optimizer can only have one.
+
+    Raises:
+        UserError: With each group's rate, naming the options that may have set them.
+    """
+    if not config.optimizer.single_lr or len({group["lr"] for group in groups}) == 1:
+        return
+    given = [
+        config.place(name)
+        for name in config.settings
+        if name.endswith(("_lr", "_lr1", "_lr2", "_lr_ratio")) or name == "learning_rate"
+    ]
+    rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in groups)
+    raise UserError.of(
+        ", ".join([config.place("optimizer_type"), *given]),
+        f"{config.name_of('optimizer')} has one learning rate for all groups, not {rates}",
+        "leave the rates of the parts and LoRA+ out, and set --learning_rate 1",
     )
 
 

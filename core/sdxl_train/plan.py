@@ -12,11 +12,12 @@ from sdxl_train.assembly import WEIGHT_DTYPES, assemble
 from sdxl_train.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from torch import nn
 
     from sdxl_train.assembly import Assembly, ModuleCount
+    from sdxl_train.config import RunConfig
     from sdxl_train.errors import Problem
     from sdxl_train.preflight import Prepared
 
@@ -80,8 +81,18 @@ def make_plan(prepared: Prepared) -> Plan:
         modules=assembly.parts,
         groups=groups,
         memory=_memory(prepared, assembly),
-        warnings=list(prepared.warnings),
+        warnings=[*prepared.warnings, *_rate_remarks(config, groups)],
     )
+
+
+def _rate_remarks(config: RunConfig, groups: list[dict[str, Any]]) -> Iterator[str]:
+    """Say that an optimizer which finds its own rate wants a factor near 1."""
+    rate = groups[0]["lr"]
+    if config.optimizer.single_lr and not 0.1 < rate < 10:
+        yield (
+            f"the learning rate is {rate:g}, and {config.name_of('optimizer')} finds its own: "
+            f"--learning_rate 1 is usual"
+        )
 
 
 def _try_components(prepared: Prepared, assembly: Assembly) -> None:

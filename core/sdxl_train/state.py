@@ -183,18 +183,33 @@ def load_optimizer(
 
 
 def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part an optimizer's ``state_dict`` into tensors by ``index.name`` and plain values."""
+    """Part an optimizer's ``state_dict`` into tensors by ``index.name`` and plain values.
+
+    Some keep a dict of tensors under a name (bitsandbytes): ``index.name.inner``.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain = {
+        str(index): _without_tensors(entries, str(index), tensors)
+        for index, entries in state["state"].items()
+    }
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def _without_tensors(
+    entries: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Move the tensors in ``entries`` to ``tensors``, and give what is left."""
     import torch
 
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                plain.setdefault(str(index), {})[name] = value
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+    plain: dict[str, Any] = {}
+    for name, value in entries.items():
+        if isinstance(value, torch.Tensor):
+            tensors[f"{prefix}.{name}"] = value
+        elif isinstance(value, dict):
+            plain[name] = _without_tensors(value, f"{prefix}.{name}", tensors)
+        else:
+            plain[name] = value
+    return plain
 
 
 def _merge(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,8 +217,11 @@ def _merge(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str,
         int(index): dict(values) for index, values in plain["state"].items()
     }
     for key, tensor in tensors.items():
-        index, _, name = key.partition(".")
-        entries.setdefault(int(index), {})[name] = tensor
+        index, *outer, name = key.split(".")
+        place = entries.setdefault(int(index), {})
+        for part in outer:
+            place = place[part]
+        place[name] = tensor
     return {"state": entries, "param_groups": plain["param_groups"]}
 
 

@@ -44,7 +44,7 @@ def run(invocation: Invocation) -> int:
     if as_json:
         print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
         return 0
-    warn([*invocation.notices, *prepared.warnings])
+    warn([*invocation.notices, *plan.warnings])
     print_plan(plan)
     return 0
 

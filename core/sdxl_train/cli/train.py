@@ -30,6 +30,7 @@ def run(invocation: Invocation) -> int:
     from sdxl_train.run import execute
 
     plan = make_plan(prepared)
+    warn([text for text in plan.warnings if text not in prepared.warnings])
     print_plan(plan)
     result = execute(prepared, plan)
     for path in result.files:

@@ -1,0 +1,34 @@
+"""Optimizers with 8-bit and paged state for sdxl-train, from bitsandbytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdxl_train import hookimpl
+from sdxl_train_bitsandbytes import optimizers
+
+if TYPE_CHECKING:
+    from sdxl_train import Optimizer
+
+
+@hookimpl
+def register_optimizers() -> dict[str, type[Optimizer]]:
+    """Give the optimizers under the names of sd-scripts, and under their paths."""
+    named: dict[str, type[Optimizer]] = {
+        "Adam8bit": optimizers.Adam8bit,
+        "AdamW8bit": optimizers.AdamW8bit,
+        "PagedAdamW": optimizers.PagedAdamW,
+        "PagedAdamW8bit": optimizers.PagedAdamW8bit,
+        "PagedAdamW32bit": optimizers.PagedAdamW32bit,
+        "Lion8bit": optimizers.Lion8bit,
+        "PagedLion8bit": optimizers.PagedLion8bit,
+        "AdEMAMix8bit": optimizers.AdEMAMix8bit,
+        "PagedAdEMAMix8bit": optimizers.PagedAdEMAMix8bit,
+        "SGDNesterov8bit": optimizers.SGDNesterov8bit,
+    }
+    paths = {
+        f"bitsandbytes.optim.{name}": optimizer
+        for name, optimizer in named.items()
+        if name != "SGDNesterov8bit"
+    }
+    return named | paths

@@ -1,0 +1,130 @@
+"""The optimizers: options of each, and what bitsandbytes builds of them.
+
+State of 8 bits is quantised in blocks (Dettmers et al. 2022, "8-bit Optimizers via Block-wise
+Quantization"); tensors of fewer elements than ``min_8bit_size`` keep 32 bits. Paged state lives in
+memory that moves to the CPU when the GPU is full (Dettmers et al. 2023, "QLoRA").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sdxl_train import Field, Optimizer
+from sdxl_train_bitsandbytes.quiet import quiet
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+
+class _FromBitsandbytes(Optimizer):
+    """What all have in common."""
+
+    library_name: ClassVar[str]
+    """Name of the class in ``bitsandbytes.optim``."""
+
+    min_8bit_size: int = Field(
+        4096, ge=0, description="Tensors of fewer elements keep state of 32 bits."
+    )
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Build the optimizer of ``bitsandbytes.optim``."""
+        with quiet("bitsandbytes"):
+            import bitsandbytes.optim
+
+        options = self.model_dump(exclude={"learning_rate"})
+        optimizer = getattr(bitsandbytes.optim, self.library_name)
+        built: torch.optim.Optimizer = optimizer(groups, lr=self.learning_rate, **options)
+        return built
+
+
+class AdamW8bit(_FromBitsandbytes):
+    """AdamW (Loshchilov & Hutter 2019) with state of 8 bits: a quarter of its memory."""
+
+    library_name: ClassVar[str] = "AdamW8bit"
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decay of the weights, times the rate.")
+
+
+class Adam8bit(AdamW8bit):
+    """Adam (Kingma & Ba 2015) with state of 8 bits; in bitsandbytes its decay is AdamW's."""
+
+    library_name: ClassVar[str] = "Adam8bit"
+
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")
+
+
+class PagedAdamW(AdamW8bit):
+    """AdamW with state of 32 bits that moves to the CPU when the GPU is full."""
+
+    library_name: ClassVar[str] = "PagedAdamW"
+
+
+class PagedAdamW8bit(AdamW8bit):
+    """AdamW with state of 8 bits that moves to the CPU when the GPU is full."""
+
+    library_name: ClassVar[str] = "PagedAdamW8bit"
+
+
+class PagedAdamW32bit(AdamW8bit):
+    """AdamW with state of 32 bits that moves to the CPU; another name of PagedAdamW."""
+
+    library_name: ClassVar[str] = "PagedAdamW32bit"
+
+
+class Lion8bit(_FromBitsandbytes):
+    """Lion (Chen et al. 2023): the sign of the momentum, with state of 8 bits.
+
+    Wants about a third of AdamW's rate and three times its weight decay.
+    """
+
+    library_name: ClassVar[str] = "Lion8bit"
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.99), description="Mix of gradient and momentum in the step, decay of the momentum."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")
+
+
+class PagedLion8bit(Lion8bit):
+    """Lion with state of 8 bits that moves to the CPU when the GPU is full."""
+
+    library_name: ClassVar[str] = "PagedLion8bit"
+
+
+class AdEMAMix8bit(_FromBitsandbytes):
+    """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slow momentum; state of 8 bits."""
+
+    library_name: ClassVar[str] = "AdEMAMix8bit"
+
+    betas: tuple[float, float, float] = Field(
+        (0.9, 0.999, 0.9999), description="Decay of gradient, squared gradient and slow momentum."
+    )
+    alpha: float = Field(5.0, ge=0, description="Share of the slow momentum.")
+    t_alpha: int | None = Field(None, ge=1, description="Steps in which alpha rises to its value.")
+    t_beta3: int | None = Field(None, ge=1, description="Steps in which the third beta rises.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.01, ge=0, description="Decay of the weights, times the rate.")
+
+
+class PagedAdEMAMix8bit(AdEMAMix8bit):
+    """AdEMAMix with state of 8 bits that moves to the CPU when the GPU is full."""
+
+    library_name: ClassVar[str] = "PagedAdEMAMix8bit"
+
+
+class SGDNesterov8bit(_FromBitsandbytes):
+    """Stochastic gradient descent with momentum of 8 bits, called as sd-scripts does.
+
+    bitsandbytes has no Nesterov step: it takes the option and computes plain momentum.
+    """
+
+    library_name: ClassVar[str] = "SGD8bit"
+
+    momentum: float = Field(0.9, gt=0, lt=1, description="Decay of the momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")

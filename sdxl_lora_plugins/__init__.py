@@ -55,8 +55,20 @@ def register_networks() -> dict[str, type[Network]]:
 
 @hookimpl
 def register_optimizers() -> dict[str, type[Optimizer]]:
-    """Give the optimizers."""
-    return {"AdamW": optimizers.AdamW}
+    """Give the optimizers, those of torch also under their paths."""
+    named: dict[str, type[Optimizer]] = {
+        "AdamW": optimizers.AdamW,
+        "Adam": optimizers.Adam,
+        "NAdam": optimizers.NAdam,
+        "RAdam": optimizers.RAdam,
+        "Adamax": optimizers.Adamax,
+        "Adagrad": optimizers.Adagrad,
+        "Adadelta": optimizers.Adadelta,
+        "RMSprop": optimizers.RMSprop,
+        "SGD": optimizers.Sgd,
+    }
+    paths = {f"torch.optim.{name}": optimizer for name, optimizer in named.items()}
+    return named | {"SGDNesterov": optimizers.SgdNesterov} | paths
 
 
 @hookimpl

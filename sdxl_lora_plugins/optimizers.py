@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from sdxl_train import Field, Optimizer
 
@@ -38,3 +38,98 @@ class AdamW(Optimizer):
             amsgrad=self.amsgrad,
             fused=first.is_cuda,
         )
+
+
+class _FromTorch(Optimizer):
+    """An optimizer of ``torch.optim``, whose options have the names that torch gives them."""
+
+    library_name: ClassVar[str]
+    """Name of the class in ``torch.optim``."""
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Build the optimizer of ``torch.optim``."""
+        import torch
+
+        options = self.model_dump(exclude={"learning_rate"})
+        optimizer = getattr(torch.optim, self.library_name)
+        built: torch.optim.Optimizer = optimizer(groups, lr=self.learning_rate, **options)
+        return built
+
+
+class Adam(_FromTorch):
+    """Adam: steps of the running mean over its deviation (Kingma & Ba 2015)."""
+
+    library_name: ClassVar[str] = "Adam"
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
+    )
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
+
+
+class NAdam(Adam):
+    """Adam with Nesterov momentum (Dozat 2016)."""
+
+    library_name: ClassVar[str] = "NAdam"
+
+    momentum_decay: float = Field(4e-3, ge=0, description="Decay of the momentum.")
+
+
+class RAdam(Adam):
+    """Adam with a rectified variance, which needs no warm-up (Liu et al. 2020)."""
+
+    library_name: ClassVar[str] = "RAdam"
+
+
+class Adamax(Adam):
+    """Adam with the largest gradient in place of the deviation (Kingma & Ba 2015, section 7)."""
+
+    library_name: ClassVar[str] = "Adamax"
+
+
+class Adagrad(_FromTorch):
+    """Adagrad: steps over the sum of all squared gradients (Duchi et al. 2011)."""
+
+    library_name: ClassVar[str] = "Adagrad"
+
+    lr_decay: float = Field(0.0, ge=0, description="Decay of the rate.")
+    eps: float = Field(1e-10, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
+
+
+class Adadelta(_FromTorch):
+    """Adadelta: steps in the weights' own unit (Zeiler 2012)."""
+
+    library_name: ClassVar[str] = "Adadelta"
+
+    rho: float = Field(0.9, ge=0, lt=1, description="Decay of the running means.")
+    eps: float = Field(1e-6, gt=0, description="Added to both roots.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
+
+
+class RMSprop(_FromTorch):
+    """RMSprop: steps over the running deviation (Hinton 2012, lecture 6e)."""
+
+    library_name: ClassVar[str] = "RMSprop"
+
+    alpha: float = Field(0.99, ge=0, lt=1, description="Decay of the mean squared gradient.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Decay of the momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
+
+
+class Sgd(_FromTorch):
+    """Stochastic gradient descent."""
+
+    library_name: ClassVar[str] = "SGD"
+
+    momentum: float = Field(0.0, ge=0, lt=1, description="Decay of the momentum.")
+    weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
+
+
+class SgdNesterov(Sgd):
+    """Stochastic gradient descent with Nesterov momentum (Sutskever et al. 2013)."""
+
+    momentum: float = Field(0.9, gt=0, lt=1, description="Decay of the momentum.")
+    nesterov: Literal[True] = Field(True, description="What the name says.")

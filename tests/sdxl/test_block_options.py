@@ -72,12 +72,12 @@ def test_options_without_effect_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("size", "factor", "expected"),
-    # The table in LyCORIS's description of its factorization, and a factor that does not divide.
+    # Values of its function; its own description has 12 and 30 for the factor 16 of 360.
     [
         (127, -1, (1, 127)),
         (250, -1, (10, 25)),
         (360, 4, (4, 90)),
-        (360, 16, (12, 30)),
+        (360, 16, (15, 24)),
         (1024, -1, (32, 32)),
         (512, 64, (8, 64)),
     ],

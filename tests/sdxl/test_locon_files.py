@@ -131,7 +131,7 @@ def with_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tens
     bias = None if layer.bias is None else layer.bias.double()
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, layer.stride, layer.padding)  # type: ignore[arg-type]
+    return F.conv2d(x, weight, bias, layer.stride, layer.padding)
 
 
 @every_network

@@ -10,6 +10,7 @@ built-in component. Import torch inside ``build``.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -121,7 +122,8 @@ class StepPlan:
     def count(self, steps_or_share: float | int) -> int:
         """Give a :data:`StepsOrShare` as a number of steps."""
         if isinstance(steps_or_share, float):
-            return int(steps_or_share * self.total)
+            # 29% of 100 steps is 29, though 0.29 * 100 is a little less in floating point.
+            return math.floor(steps_or_share * self.total + 1e-9)
         return steps_or_share
 
 

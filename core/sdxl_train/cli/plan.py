@@ -60,8 +60,10 @@ def print_plan(plan: Plan) -> None:
         ("buckets", ", ".join(_bucket(bucket) for bucket in dataset["buckets"])),
         (
             "steps",
-            f"{steps['optimizer_steps']} optimizer steps: {steps['batches_per_epoch']} batches an "
-            f"epoch, {steps['epochs']} epochs, {steps['warmup_steps']} of warm-up",
+            f"{_count(steps['optimizer_steps'], 'optimizer step')}: "
+            f"{_count(steps['epochs'], 'epoch')} of "
+            f"{_count(steps['batches_per_epoch'], 'batch', 'batches')}, "
+            f"{_count(steps['warmup_steps'], 'step')} of warm-up",
         ),
         ("saves", _saves(plan.saves)),
     ]
@@ -80,6 +82,10 @@ def print_plan(plan: Plan) -> None:
         print(f"{'left out':<{width}}  {item['path']}: {item['reason']}")
     if len(dataset["skipped"]) > 5:
         print(f"{'':<{width}}  and {len(dataset['skipped']) - 5} more")
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def _images(dataset: object) -> str:

@@ -179,7 +179,7 @@ def test_a_wrong_component_name_is_told_with_all_else_that_is_wrong(resolve: Res
     assert len(texts) == 4
     assert any("no network is called 'lorra'; did you mean lora?" in text for text in texts)
     assert any("no scheduler is called 'cosin'; did you mean cosine?" in text for text in texts)
-    assert any("no optimizer is called 'Adm'; did you mean AdamW?" in text for text in texts)
+    assert any("no optimizer is called 'Adm'; did you mean Adam?" in text for text in texts)
     assert any(text.startswith("--seed: '-1' is not a whole number") for text in texts)
 
 

@@ -37,8 +37,16 @@ def test_readme_plugin_acts_in_a_run(tmp_path: Path) -> None:
     plugin = tmp_path / "my_noise.py"
     plugin.write_text(code, encoding="utf-8")
     settings, _ = from_words(
-        ["--plugin", str(plugin), "--channel_offset", "0.05", "--output_dir", "out"]
-        + ["--pretrained_model_name_or_path", "base.safetensors"],
+        [
+            "--plugin",
+            str(plugin),
+            "--channel_offset",
+            "0.05",
+            "--output_dir",
+            "out",
+            "--pretrained_model_name_or_path",
+            "base.safetensors",
+        ],
         [],
     )
     host = PluginHost()

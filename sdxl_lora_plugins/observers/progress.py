@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Never
 
 from tqdm import tqdm
 
@@ -41,7 +41,7 @@ class _ProgressBar:
 
     def __init__(self, total: int) -> None:
         self.total = total
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         self._shown_at = 0.0
 
     def run_started(self) -> None:

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora_plugins.model import Sdxl
+from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.optimizers import AdamW
+from sdxl_train.assembly import Assembly, assemble
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
-    from sdxl_train import RunConfig
+    from sdxl_train import Network, RunConfig
 
 DATA = Path(__file__).parent.parent / "data"
 SEED = 7
@@ -92,3 +96,66 @@ def sizes() -> Callable[[int], dict[str, torch.Tensor]]:
         }
 
     return make
+
+
+# The published configuration of stabilityai/stable-diffusion-xl-base-1.0.
+UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TE1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
+TE2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+
+
+@pytest.fixture(scope="session")
+def full_size_modules() -> Modules:
+    """The networks of the full-size SDXL on the meta device; the VAE is only a stand-in."""
+    with torch.device("meta"):
+        return Modules(
+            unet=UNet2DConditionModel(**UNET),
+            te1=CLIPTextModel(CLIPTextConfig(**TE1, num_attention_heads=12)),
+            te2=CLIPTextModelWithProjection(
+                CLIPTextConfig(**TE2, num_attention_heads=20, projection_dim=1280)
+            ),
+            vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), latent_channels=4),
+            tokenizers=cast("Any", ()),
+        )
+
+
+@pytest.fixture(scope="session")
+def attach_full_size(full_size_modules: Modules) -> Callable[..., Assembly]:
+    """Assemble the full-size model and a network, and give the model back."""
+
+    def assembled(network: Network, learning_rate: float = 1e-3, **options: Any) -> Assembly:
+        component = Sdxl(pretrained_model_name_or_path="sdxl", **options)
+        model = LoadedSdxl(
+            full_size_modules,
+            rates=component.rates(),
+            prediction_type="epsilon",
+            num_chunks=1,
+            latent_scaling=0.13025,
+            origins=Origins(model=None, model_name="sdxl"),
+            device=torch.device("meta"),
+        )
+        config: Any = SimpleNamespace(
+            model=SimpleNamespace(build=lambda device, dtype: model),
+            network=network,
+            optimizer=AdamW(learning_rate=learning_rate),
+            training=SimpleNamespace(mixed_precision="no"),
+            place=lambda name: f"--{name}",
+            name_of=lambda kind: "lora",
+        )
+        assembly = assemble(config, "meta", 0)
+        assembly.adapter.detach()
+        return assembly
+
+    return assembled

@@ -2,87 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
 from sdxl_lora_plugins.networks.blocks import block_of
-from sdxl_train.assembly import Assembly, assemble
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-    from sdxl_train import Network
-
-# The published configuration of stabilityai/stable-diffusion-xl-base-1.0.
-UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-TE1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-TE2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-
-
-@pytest.fixture(scope="module")
-def modules() -> Modules:
-    with torch.device("meta"):
-        return Modules(
-            unet=UNet2DConditionModel(**UNET),
-            te1=CLIPTextModel(CLIPTextConfig(**TE1, num_attention_heads=12)),
-            te2=CLIPTextModelWithProjection(
-                CLIPTextConfig(**TE2, num_attention_heads=20, projection_dim=1280)
-            ),
-            vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), latent_channels=4),
-            tokenizers=cast("Any", ()),
-        )
-
-
-@pytest.fixture
-def attach(modules: Modules) -> Callable[..., Assembly]:
-    """Assemble the full-size model and a network, and give the model back."""
-
-    def assembled(network: Network, learning_rate: float = 1e-3, **options: Any) -> Assembly:
-        component = Sdxl(pretrained_model_name_or_path="sdxl", **options)
-        model = LoadedSdxl(
-            modules,
-            rates=component.rates(),
-            prediction_type="epsilon",
-            num_chunks=1,
-            latent_scaling=0.13025,
-            origins=Origins(model=None, model_name="sdxl"),
-            device=torch.device("meta"),
-        )
-        config: Any = SimpleNamespace(
-            model=SimpleNamespace(build=lambda device, dtype: model),
-            network=network,
-            optimizer=SimpleNamespace(learning_rate=learning_rate),
-            training=SimpleNamespace(mixed_precision="no"),
-            place=lambda name: f"--{name}",
-            name_of=lambda kind: "lora",
-        )
-        assembly = assemble(config, "meta", 0)
-        assembly.adapter.detach()
-        return assembly
-
-    return assembled
+    from sdxl_train.assembly import Assembly
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -99,22 +31,22 @@ def shapes(state: Mapping[str, Tensor]) -> dict[str, list[int]]:
     ids=["lora conv_dim=4", "locon", "lora conv_block_dims"],
 )
 def test_keys_with_convolutions_equal_the_golden_ones(
-    network: Lora, attach: Callable[..., Assembly], golden: Callable[[str], Any]
+    network: Lora, attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
-    state = attach(network).adapter.state_dict()
+    state = attach_full_size(network).adapter.state_dict()
     expected = golden("keys_lora_dim4_conv4")
     assert shapes(state) == {name: entry["shape"] for name, entry in expected.items()}
     alphas = {name: t.item() for name, t in state.items() if name.endswith(".alpha")}
     assert alphas == {n: entry["value"] for n, entry in expected.items() if n.endswith(".alpha")}
 
 
-def test_convolutions_make_788_modules_of_722(attach: Callable[..., Assembly]) -> None:
-    assert attach(Lora(conv_dim=4)).parts["unet"].modules == 788
-    assert attach(Locon(conv_dim=0)).parts["unet"].modules == 722
+def test_convolutions_make_788_modules_of_722(attach_full_size: Callable[..., Assembly]) -> None:
+    assert attach_full_size(Lora(conv_dim=4)).parts["unet"].modules == 788
+    assert attach_full_size(Locon(conv_dim=0)).parts["unet"].modules == 722
 
 
 def test_block_index_of_every_module_equals_the_golden_one(
-    attach: Callable[..., Assembly], golden: Callable[[str], Any]
+    attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
     indices = golden("block_dims")["block_index"]
     for name, expected in indices.items():
@@ -134,7 +66,7 @@ def test_block_index_of_every_module_equals_the_golden_one(
     ],
 )
 def test_ranks_and_alphas_by_block_equal_the_golden_ones(
-    case: str, attach: Callable[..., Assembly], golden: Callable[[str], Any]
+    case: str, attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
     entry = golden("block_dims")[case]
     args: dict[str, Any] = dict(entry["args"])
@@ -143,7 +75,7 @@ def test_ranks_and_alphas_by_block_equal_the_golden_ones(
             numbers = [int(item) for item in value.split(",")]
             args[name] = numbers if "," in value else numbers[0]
     network = Lora(network_dim=4, network_alpha=1, **args)
-    layers = cast("Any", attach(network).adapter).layers
+    layers = cast("Any", attach_full_size(network).adapter).layers
     found = {
         name: {"dim": layer.rank, "alpha": layer.alpha, "scale": layer.scale}
         for name, layer in layers.items()
@@ -152,7 +84,7 @@ def test_ranks_and_alphas_by_block_equal_the_golden_ones(
 
 
 def test_loraplus_and_block_groups_equal_the_golden_ones(
-    attach: Callable[..., Assembly], golden: Callable[[str], Any]
+    attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
     of_network = ("loraplus", "down_lr", "mid_lr", "up_lr")
     checked = 0
@@ -171,21 +103,23 @@ def test_loraplus_and_block_groups_equal_the_golden_ones(
         expected = {
             group["desc"]: (pytest.approx(group["lr"]), group["tensors"]) for group in row["groups"]
         }
-        assembly = attach(Lora(network_dim=4, **{**own, **ratios}), **args)
+        assembly = attach_full_size(Lora(network_dim=4, **{**own, **ratios}), **args)
         found = {g["name"]: (g["lr"], len(g["params"])) for g in assembly.groups}
         assert found == expected
         checked += 1
     assert checked == 7
 
 
-def test_specific_loraplus_ratio_overrides_the_common_one(attach: Callable[..., Assembly]) -> None:
+def test_specific_loraplus_ratio_overrides_the_common_one(
+    attach_full_size: Callable[..., Assembly],
+) -> None:
     network = Lora(loraplus_lr_ratio=16, loraplus_text_encoder_lr_ratio=2, mid_lr_weight="1,.5,0")
-    rates = {group["name"]: group["lr"] for group in attach(network, 1e-3).groups}
+    rates = {group["name"]: group["lr"] for group in attach_full_size(network, 1e-3).groups}
     assert rates["textencoder plus"] == pytest.approx(2e-3)
     assert rates["unet_block5 plus"] == pytest.approx(16e-3)
     assert rates["unet_block11"] == pytest.approx(5e-4)
     assert rates["unet_block11 plus"] == pytest.approx(8e-3)
-    everything = attach(Lora(loraplus_lr_ratio=16), 1e-3).groups
+    everything = attach_full_size(Lora(loraplus_lr_ratio=16), 1e-3).groups
     assert [(group["name"], group["lr"]) for group in everything] == [
         ("unet", 1e-3),
         ("unet plus", 16e-3),
@@ -195,9 +129,9 @@ def test_specific_loraplus_ratio_overrides_the_common_one(attach: Callable[..., 
 
 
 def test_lokr_has_the_keys_shapes_and_alphas_of_lycoris(
-    attach: Callable[..., Assembly], golden: Callable[[str], Any]
+    attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
-    state = attach(Lokr(network_dim=4)).adapter.state_dict()
+    state = attach_full_size(Lokr(network_dim=4)).adapter.state_dict()
     expected = golden("keys_lycoris_lokr_full")
     assert shapes(state) == {name: entry["shape"] for name, entry in expected.items()}
     assert {t.item() for name, t in state.items() if name.endswith(".alpha")} == {4.0}

@@ -18,11 +18,13 @@ from sdxl_lora_plugins import (
     timesteps,
     weightings,
 )
+from sdxl_lora_plugins.commands.demo import Demo
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_train import hookimpl
 
 if TYPE_CHECKING:
     from sdxl_train import (
+        Command,
         Loss,
         Model,
         Network,
@@ -135,3 +137,9 @@ def register_weightings() -> dict[str, type[Weighting]]:
 def register_observers() -> dict[str, type[Observer]]:
     """Give the observers."""
     return {"progress": Progress}
+
+
+@hookimpl
+def register_commands() -> dict[str, type[Command]]:
+    """Give the subcommands."""
+    return {"demo": Demo}

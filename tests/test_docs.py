@@ -36,19 +36,9 @@ def test_readme_plugin_acts_in_a_run(tmp_path: Path) -> None:
     (code,) = _blocks(ROOT / "README.md", "python")
     plugin = tmp_path / "my_noise.py"
     plugin.write_text(code, encoding="utf-8")
-    settings, _ = from_words(
-        [
-            "--plugin",
-            str(plugin),
-            "--channel_offset",
-            "0.05",
-            "--output_dir",
-            "out",
-            "--pretrained_model_name_or_path",
-            "base.safetensors",
-        ],
-        [],
-    )
+    words = f"--plugin {plugin} --channel_offset 0.05 --output_dir out"
+    words += " --pretrained_model_name_or_path base.safetensors"
+    settings, _ = from_words(words.split(), [])
     host = PluginHost()
 
     resolution = Resolver(settings, host, Registry(host)).resolve()

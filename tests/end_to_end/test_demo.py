@@ -20,8 +20,8 @@ from sdxl_lora_plugins.commands.demo_folder import DemoFolder
 from sdxl_train import UserError
 from sdxl_train.cli import main
 
-LORA_STEPS = 80
-FEWER_STEPS = ["--base_steps", "120", "--steps", str(LORA_STEPS)]
+LORA_STEPS = 70
+FEWER_STEPS = ["--base_steps", "100", "--steps", str(LORA_STEPS)]
 
 NO_NETWORK = """
 import os, sys

@@ -14,7 +14,7 @@ from sdxl_train._version import __version__
 if TYPE_CHECKING:
     from pydantic import Field
 
-    from sdxl_train.api import plan_run, train
+    from sdxl_train.api import plan, train
     from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.components import (
         Adapter,
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Field": "pydantic",
-    "plan_run": "sdxl_train.api",
+    "plan": "sdxl_train.api",
     "train": "sdxl_train.api",
     "RunConfig": "sdxl_train.config",
     "hookimpl": "sdxl_train.hookspecs",
@@ -98,7 +98,7 @@ __all__ = [
     "Weighting",
     "__version__",
     "hookimpl",
-    "plan_run",
+    "plan",
     "train",
 ]
 

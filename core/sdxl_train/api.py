@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sdxl_train.options import Setting
-    from sdxl_train.plan import Plan
+    from sdxl_train.planning import Plan
     from sdxl_train.run import RunResult
 
 
-def plan_run(options: Mapping[str, Any] | Path | str) -> Plan:
+logger = logging.getLogger(__name__)
+
+
+def plan(options: Mapping[str, Any] | Path | str) -> Plan:
     """Check options and plan their run; no weights are read.
 
     Args:
@@ -24,7 +28,7 @@ def plan_run(options: Mapping[str, Any] | Path | str) -> Plan:
     Raises:
         UserError: With everything that is wrong.
     """
-    from sdxl_train.plan import make_plan
+    from sdxl_train.planning import make_plan
     from sdxl_train.preflight import prepare
 
     return make_plan(prepare(_settings(options)))
@@ -34,17 +38,19 @@ def train(options: Mapping[str, Any] | Path | str) -> RunResult:
     """Train as ``sdxl-train`` does with these options.
 
     Args:
-        options: As for :func:`plan_run`.
+        options: As for :func:`plan`.
 
     Raises:
         UserError: If the input is wrong; nothing was started.
         TrainingError: If training fails.
     """
-    from sdxl_train.plan import make_plan
+    from sdxl_train.planning import make_plan
     from sdxl_train.preflight import prepare
     from sdxl_train.run import execute
 
     prepared = prepare(_settings(options))
+    for text in prepared.warnings:
+        logger.warning("%s", text)
     return execute(prepared, make_plan(prepared))
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.config import RunConfig
     from sdxl_train.data.batches import Batch
-    from sdxl_train.plan import Plan
+    from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
     from sdxl_train.resume import ResumePoint
 

@@ -191,12 +191,12 @@ def test_blocking_the_builtin_plugin_says_what_is_missing(resolve: Resolve) -> N
 
 def test_python_names_no_file_of_options() -> None:
     with pytest.raises(UserError, match="option config_file: is for the command line only"):
-        api.plan_run({"config_file": "run.toml"})
+        api.plan({"config_file": "run.toml"})
 
 
 def test_python_takes_the_same_options_and_tells_the_same() -> None:
     with pytest.raises(UserError) as caught:
-        api.plan_run({"seed": "1", "learnin_rate": 1e-4, "network_args": {"dims": 4}})
+        api.plan({"seed": "1", "learnin_rate": 1e-4, "network_args": {"dims": 4}})
 
     texts = [str(problem) for problem in caught.value.problems]
     assert 'option seed: "1" is not a whole number >= 0; write it without quotes' in texts

@@ -245,7 +245,7 @@ def assert_saved(stopped: Finished, uninterrupted: Trained, same_tensors: SameTe
 
 def test_run_matches_its_plan(options: MakeOptions, train_lora: TrainLora) -> None:
     chosen = options(**PLANNED)
-    plan = json.loads(json.dumps(sdxl_train.plan_run(chosen).as_json()))
+    plan = json.loads(json.dumps(sdxl_train.plan(chosen).as_json()))
     assert list(Path(chosen["output_dir"]).iterdir()) == []
     run = train_lora(**PLANNED)
 

@@ -12,7 +12,7 @@ from sdxl_train.preflight import prepare
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
-    from sdxl_train.plan import Plan
+    from sdxl_train.planning import Plan
 
 _SUMMARY = "Check the options of a run and print what it would do; no weights are read."
 _USAGE = f"""\
@@ -34,7 +34,7 @@ def run(invocation: Invocation) -> int:
         if output_config is not None:
             raise UserError.of(output_config.place, "writes no file here", "leave out `plan`")
         prepared = prepare(invocation.settings, invocation.host)
-        from sdxl_train.plan import make_plan
+        from sdxl_train.planning import make_plan
 
         plan = make_plan(prepared)
     except UserError as error:

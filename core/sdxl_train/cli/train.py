@@ -26,7 +26,7 @@ def run(invocation: Invocation) -> int:
 
     # Only now, when the input is known to be right, is torch worth its import.
     from sdxl_train.cli.plan import print_plan
-    from sdxl_train.plan import make_plan
+    from sdxl_train.planning import make_plan
     from sdxl_train.run import execute
 
     plan = make_plan(prepared)

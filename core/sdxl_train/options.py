@@ -248,8 +248,19 @@ class Option:
 
 @cache
 def options_of(model: type[OptionModel]) -> dict[str, Option]:
-    """Give the options of a model by name, in order of declaration."""
-    return {name: Option(name, model) for name in model.model_fields}
+    """Give the options of a model by name, in order of declaration.
+
+    An option that a model inherits is that of its base, so that its schema is made once.
+    """
+    return {name: _option(name, model) for name in model.model_fields}
+
+
+def _option(name: str, model: type[OptionModel]) -> Option:
+    if name not in vars(model).get("__annotations__", {}):
+        for base in model.__bases__:
+            if name in getattr(base, "model_fields", {}):
+                return options_of(base)[name]
+    return Option(name, model)
 
 
 def validate(

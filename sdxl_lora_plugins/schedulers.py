@@ -248,6 +248,10 @@ class WarmupStableDecay(Scheduler):
     lr_scheduler_min_lr_ratio: _MinRatio = 0.0
     lr_scheduler_num_cycles: _NumCycles = 1
 
+    def decay(self) -> StepsOrShare:
+        """Give ``lr_decay_steps``."""
+        return self.lr_decay_steps
+
     def build(
         self, optimizer: torch.optim.Optimizer, steps: StepPlan
     ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -256,7 +260,7 @@ class WarmupStableDecay(Scheduler):
         Raises:
             UserError: If warm-up and decay are longer than the run.
         """
-        low, decay = self.lr_scheduler_min_lr_ratio, steps.count(self.lr_decay_steps)
+        low, decay = self.lr_scheduler_min_lr_ratio, steps.decay
         if steps.warmup + decay > steps.total:
             raise UserError.of(
                 "--lr_warmup_steps, --lr_decay_steps",

@@ -48,6 +48,9 @@ class Component(OptionModel):
 
     default: ClassVar[bool] = False
     """Whether this component serves when the run names none of its kind (built-in ones only)."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Options that a resumed run may set otherwise: they say where something lies, not what is
+    trained."""
 
     def active(self) -> bool:
         """Tell whether the options ask for anything.
@@ -114,10 +117,11 @@ class ParameterGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """How long a run is, counted in optimizer steps."""
+    """How long a run is, and its warm-up and its decay at the end, in optimizer steps."""
 
     total: int
     warmup: int = 0
+    decay: int = 0
 
     def count(self, steps_or_share: float | int) -> int:
         """Give a :data:`StepsOrShare` as a number of steps."""
@@ -210,6 +214,7 @@ WeightFunction: TypeAlias = "Callable[[Tensor], Tensor]"
 class Model(Component):
     """A family of base models."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"pretrained_model_name_or_path"})
     bucket_multiple: ClassVar[int] = 8
     """Sides of training images must be a multiple of this many pixels."""
 
@@ -291,6 +296,10 @@ class Scheduler(Component):
     lr_warmup_steps: StepsOrShare = Field(
         0, description="Warm-up: optimizer steps, a share below 1, or a percentage (10%)."
     )
+
+    def decay(self) -> StepsOrShare:
+        """Give the steps in which the rate falls at the end; 0 where there is no such phase."""
+        return 0
 
     @abstractmethod
     def build(self, optimizer: TorchOptimizer, steps: StepPlan) -> LRScheduler:

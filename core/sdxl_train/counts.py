@@ -25,6 +25,7 @@ class StepCounts:
         epochs: Epochs begun.
         total: Optimizer steps in all.
         warmup: Optimizer steps of warm-up.
+        decay: Optimizer steps of decay at the end.
     """
 
     batches_per_epoch: int
@@ -32,12 +33,18 @@ class StepCounts:
     epochs: int
     total: int
     warmup: int
+    decay: int = 0
 
     @classmethod
     def of(
-        cls, training: TrainingOptions, batches_per_epoch: int, warmup: float | int
+        cls,
+        training: TrainingOptions,
+        batches_per_epoch: int,
+        *,
+        warmup: float | int,
+        decay: float | int = 0,
     ) -> StepCounts:
-        """Count for these options; ``warmup`` is a number of steps, or a share below 1."""
+        """Count for these options; warm-up and decay are numbers of steps, or shares below 1."""
         per_epoch = math.ceil(batches_per_epoch / training.gradient_accumulation_steps)
         if training.max_train_epochs is not None:
             total = training.max_train_epochs * per_epoch
@@ -49,12 +56,13 @@ class StepCounts:
             epochs=math.ceil(total / per_epoch),
             total=total,
             warmup=StepPlan(total=total).count(warmup),
+            decay=StepPlan(total=total).count(decay),
         )
 
     @property
     def step_plan(self) -> StepPlan:
         """What a scheduler is told."""
-        return StepPlan(total=self.total, warmup=self.warmup)
+        return StepPlan(total=self.total, warmup=self.warmup, decay=self.decay)
 
 
 @dataclass(frozen=True, kw_only=True)

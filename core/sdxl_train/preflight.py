@@ -75,7 +75,10 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
         seed = int.from_bytes(os.urandom(4), "big")
     batches = BatchPlan(scanned.datasets, seed)
     counts = StepCounts.of(
-        config.training, batches.batches_per_epoch, config.scheduler.lr_warmup_steps
+        config.training,
+        batches.batches_per_epoch,
+        warmup=config.scheduler.lr_warmup_steps,
+        decay=config.scheduler.decay(),
     )
     if counts.warmup > counts.total:
         raise UserError.of(

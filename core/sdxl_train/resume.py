@@ -21,9 +21,6 @@ LATEST = "latest"
 MAY_CHANGE = frozenset(
     {
         # Where things lie; what they hold is compared by digest.
-        "pretrained_model_name_or_path",
-        "vae",
-        "tokenizer_cache_dir",
         "train_data_dir",
         "reg_data_dir",
         "dataset_config",
@@ -61,7 +58,7 @@ MAY_CHANGE = frozenset(
         "seed",
     }
 )
-"""Options that a resumed run may set otherwise. Every other one decides what is trained."""
+"""The framework's options that a resumed run may set otherwise; components name their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +138,9 @@ def shaping_options(config: RunConfig) -> dict[str, Any]:
     Those of observers are not among them: an observer cannot change the weights.
     """
     watching = {name for observer in config.observers for name in type(observer).model_fields}
-    return {
-        name: item["value"]
-        for name, item in config.options().items()
-        if name not in MAY_CHANGE and name not in watching
-    }
+    own = {name for component in config.components for name in component.may_change}
+    idle = MAY_CHANGE | watching | own
+    return {name: item["value"] for name, item in config.options().items() if name not in idle}
 
 
 def dataset_digest(scan: Scan) -> str:

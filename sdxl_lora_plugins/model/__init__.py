@@ -26,6 +26,7 @@ class Sdxl(Model):
     """Stable Diffusion XL base 1.0 and its fine-tunes."""
 
     default: ClassVar[bool] = True
+    may_change: ClassVar[frozenset[str]] = Model.may_change | {"vae", "tokenizer_cache_dir"}
     bucket_multiple: ClassVar[int] = 32
 
     vae: str | None = Field(

@@ -234,3 +234,17 @@ def test_stopped_run_goes_on_to_the_straight_result(
     )
     straight = train_lora(max_train_steps=total, plugin=None)
     assert same_tensors(again.tensors, straight.tensors)
+
+
+def test_base_model_may_have_moved(
+    saving: Trained,
+    straight: Trained,
+    train_lora: TrainLora,
+    same_tensors: SameTensors,
+    tiny_file: Path,
+    tmp_path: Path,
+) -> None:
+    moved = shutil.copy(tiny_file, tmp_path / "elsewhere.safetensors")
+    state = str(saving.folder / "photo-step00000006-state")
+    resumed = train_lora(**RANDOM, pretrained_model_name_or_path=str(moved), resume=state)
+    assert same_tensors(resumed.tensors, straight.tensors)

@@ -17,7 +17,7 @@ from sdxl_train import StepPlan, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sdxl_train import Problem, RunConfig
+    from sdxl_train import Problem, RunConfig, Scheduler
 
 SCHEDULERS: dict[str, Any] = dict(register_schedulers())
 RATES = (1e-3, 1e-4)
@@ -43,10 +43,18 @@ def rates(
     return tuple(list(group) for group in zip(*used, strict=True))
 
 
+def plan_of(component: Scheduler, total: int) -> StepPlan:
+    whole = StepPlan(total=total)
+    return StepPlan(
+        total=total,
+        warmup=whole.count(component.lr_warmup_steps),
+        decay=whole.count(component.decay()),
+    )
+
+
 def factors(name: str, total: int = 100, **options: Any) -> list[float]:
     component = SCHEDULERS[name](**options)
-    plan = StepPlan(total=total)
-    plan = StepPlan(total=total, warmup=plan.count(component.lr_warmup_steps))
+    plan = plan_of(component, total)
     first, _ = rates(lambda over: component.build(over, plan), total)
     return [rate / RATES[0] for rate in first]
 
@@ -73,8 +81,7 @@ def test_rates_equal_every_golden_curve(name: str, golden: Callable[[str], Any])
         if row["name"] != name or "error" in row or not fits:
             continue
         component = SCHEDULERS[name](**row["opts"])
-        plan = StepPlan(total=100)
-        plan = StepPlan(total=100, warmup=plan.count(component.lr_warmup_steps))
+        plan = plan_of(component, 100)
         first, second = rates(lambda over, c=component, p=plan: c.build(over, p))  # type: ignore[misc]
         assert first == pytest.approx(row["lr_group0"], rel=1e-9, abs=1e-15)
         assert second == pytest.approx(row["lr_group1"], rel=1e-9, abs=1e-15)
@@ -198,7 +205,7 @@ def test_minimum_is_required_where_it_is_the_point() -> None:
 def test_warmup_and_decay_longer_than_the_run_are_refused() -> None:
     decay = SCHEDULERS["warmup_stable_decay"](lr_decay_steps=0.9)
     with pytest.raises(UserError, match=r"lr_warmup_steps, --lr_decay_steps.*20 and 90 steps"):
-        decay.build(optimizer(1e-3), StepPlan(total=100, warmup=20))
+        decay.build(optimizer(1e-3), StepPlan(total=100, warmup=20, decay=90))
 
 
 def test_polynomial_refuses_rates_below_its_end() -> None:

@@ -256,11 +256,23 @@ def options_of(model: type[OptionModel]) -> dict[str, Option]:
 
 
 def _option(name: str, model: type[OptionModel]) -> Option:
-    if name not in vars(model).get("__annotations__", {}):
-        for base in model.__bases__:
-            if name in getattr(base, "model_fields", {}):
-                return options_of(base)[name]
+    # A field declared in the same words as that of a base is that of the base, or as good as it.
+    words = _declaration(model.model_fields[name])
+    for base in model.__bases__:
+        inherited = getattr(base, "model_fields", {}).get(name)
+        if inherited is not None and _declaration(inherited) == words:
+            return options_of(base)[name]
     return Option(name, model)
+
+
+def _declaration(field: FieldInfo) -> tuple[object, ...]:
+    return (
+        field.annotation,
+        field.metadata,
+        field.default,
+        field.description,
+        field.json_schema_extra,
+    )
 
 
 def validate(

@@ -270,6 +270,7 @@ def _declaration(field: FieldInfo) -> tuple[object, ...]:
         field.annotation,
         field.metadata,
         field.default,
+        field.default_factory,
         field.description,
         field.json_schema_extra,
     )

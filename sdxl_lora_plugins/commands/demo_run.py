@@ -80,7 +80,7 @@ def _write_data(folder: DemoFolder) -> Pictures:
     zogs = [demo_images.draw(ZOG, chance) for _ in range(_NUM_ZOGS)]
     demo_images.write_data_folder(folder.images / "10_zog", {ZOG: zogs})
     shapes = {c: [demo_images.draw(c, chance)] for c in demo_images.shape_captions()}
-    demo_images.write_data_folder(folder.regularization / "10_shape", shapes)
+    demo_images.write_data_folder(folder.regularization / "1_shape", shapes)
     return zogs
 
 

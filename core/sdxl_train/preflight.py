@@ -60,14 +60,7 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
             problems.extend(component.check(config))
         problems.extend(_cross_checks(config))
         warnings.extend(_remarks(config))
-    resume = None
-    if config is not None and scanned is not None:
-        try:
-            resume = find_resume_point(config)
-        except UserError as error:
-            problems.extend(error.problems)
-        if resume is not None:
-            problems.extend(differences(resume, config, scanned))
+    resume = _resume_point(config, scanned, problems) if config and scanned else None
     if problems or config is None or scanned is None:
         raise UserError(problems)
     seed = resume.manifest.seed if resume else config.training.seed
@@ -96,6 +89,17 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
         resume=resume,
         warnings=warnings,
     )
+
+
+def _resume_point(config: RunConfig, scanned: Scan, problems: list[Problem]) -> ResumePoint | None:
+    try:
+        point = find_resume_point(config)
+    except UserError as error:
+        problems.extend(error.problems)
+        return None
+    if point is not None:
+        problems.extend(differences(point, config, scanned))
+    return point
 
 
 def _scan(resolution: Resolution, problems: list[Problem], warnings: list[str]) -> Scan | None:

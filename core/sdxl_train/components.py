@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, T
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Generator, LongTensor, Tensor, device, dtype, nn
     from torch.optim import Optimizer as TorchOptimizer
@@ -180,8 +180,16 @@ class LoadedModel(Protocol):
 class Adapter(Protocol):
     """A network attached to a model: the only thing that trains.
 
-    A fresh adapter changes no output of the model.
+    A fresh adapter changes no output of the model. Outside of training (its modules in evaluation
+    mode, no gradients recorded) nothing is dropped: the network acts as clients apply its file.
     """
+
+    multiplier: float
+    """How much of the network acts: 1 while training, 0 is the bare model. A layer's output is
+    ``base + multiplier * (adapted - base)``."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Give the network's own modules, whose ``train()`` and ``eval()`` decide on dropout."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Give every trainable parameter exactly once, in groups no larger than a part."""

@@ -19,6 +19,7 @@ from sdxl_train.blame import blame
 from sdxl_train.counts import SavePoint
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.errors import TrainingError, UserError
+from sdxl_train.evaluation import Evaluation
 from sdxl_train.events import Events
 from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
@@ -29,7 +30,8 @@ from sdxl_train.signals import StopSignals
 from sdxl_train.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor
@@ -53,6 +55,8 @@ class Run:
         assembly: The model and the network; an observer must leave them as they are.
         output_dir: Where its files go.
         name: Stem of the names of its files.
+        evaluation: Gives a context in which training stands still, for who uses the model beside
+            it: ``with run.evaluation(): ...``. See :meth:`.Evaluation.pause`.
     """
 
     config: RunConfig
@@ -60,6 +64,7 @@ class Run:
     assembly: Assembly
     output_dir: Path
     name: str
+    evaluation: Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(kw_only=True)
@@ -122,7 +127,15 @@ class Trainer:
         encoders = {id(encoder) for encoder in self.model.text_encoders}
         self.trains_text = any(id(part.module) in encoders for part in self.model.parts)
         optimizer = config.optimizer.build(self.assembly.groups)
+        if config.optimizer.train_eval_modes:
+            optimizer.train()  # type: ignore[attr-defined]
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        evaluation = Evaluation(
+            self.assembly,
+            optimizer,
+            swaps_weights=config.optimizer.train_eval_modes,
+            autocast=self.accelerator.autocast,
+        )
         self.scheduler = config.scheduler.build(optimizer, prepared.counts.step_plan)
         self.step = self._build_step(device)
         self.result = RunResult()
@@ -135,11 +148,13 @@ class Trainer:
             assembly=self.assembly,
             output_dir=output.output_dir,
             name=output.output_name or "last",
+            evaluation=evaluation.pause,
         )
         self.saver = Saver(
             prepared,
             self.assembly,
             self.record,
+            evaluation,
             optimizer=optimizer,
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,

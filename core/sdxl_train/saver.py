@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.assembly import Assembly
     from sdxl_train.counts import SavePoint
+    from sdxl_train.evaluation import Evaluation
     from sdxl_train.loop import StepResult
     from sdxl_train.preflight import Prepared
     from sdxl_train.record import RunRecord
@@ -42,6 +43,7 @@ class Saver:
         prepared: Prepared,
         assembly: Assembly,
         record: RunRecord,
+        evaluation: Evaluation,
         *,
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
@@ -51,6 +53,7 @@ class Saver:
         self.output = prepared.config.output
         self.assembly = assembly
         self.record = record
+        self.evaluation = evaluation
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
@@ -65,9 +68,10 @@ class Saver:
         """
         path = self.output.output_dir / file_name(self.output, point)
         dtype = _DTYPES[self.output.save_precision or "float"]
-        state = self.assembly.adapter.state_dict()
-        tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
-        save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
+        with self.evaluation.final_weights():
+            state = self.assembly.adapter.state_dict()
+            tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
+            save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
         self.files = [*(file for file in self.files if file != path), path]
         logger.info("saved %s", path)
         at_end = point.kind == "final" and self.output.save_state_on_train_end

@@ -13,7 +13,7 @@ from sdxl_lora_plugins.networks.targets import targets
 from sdxl_train import ParameterGroup, Problem, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -38,11 +38,15 @@ class AdaptedLayer(nn.Module):
         self.dropout = options.network_dropout or 0.0
         self.rank_dropout = options.rank_dropout
         self.module_dropout = options.module_dropout
+        self.multiplier = 1.0
         self._channels = 1 if isinstance(target.layer, nn.Conv2d) else -1
         self._base_forward = target.layer.forward
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the adapted output of the layer for its input."""
+        if self.multiplier != 1.0:
+            base: Tensor = self._base_forward(x)
+            return base + self.multiplier * (self.adapted(x) - base)
         return self._base_forward(x) if self._skips() else self.adapted(x)
 
     def adapted(self, x: Tensor) -> Tensor:
@@ -117,11 +121,27 @@ class LayerAdapter:
             target.name: make_layer(target).to(target.layer.weight.device)
             for target in self.targets
         }
+        self.multiplier = 1.0
         self._own_forwards = {
             target.name: vars(target.layer).get("forward") for target in self.targets
         }
         for target in self.targets:
             target.layer.forward = self.layers[target.name].forward  # type: ignore[assignment]
+
+    @property
+    def multiplier(self) -> float:
+        """How much of the network acts."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._multiplier = value
+        for layer in self.layers.values():
+            layer.multiplier = value
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Give the layers' deltas."""
+        return self.layers.values()
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Give the groups of each part: by block where rates are, and LoRA+'s apart."""

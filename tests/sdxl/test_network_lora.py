@@ -259,3 +259,23 @@ def test_dropout_drops_its_share_and_scales_the_rest(model: LoadedSdxl) -> None:
     dropped = low.abs() < 1e-5
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.04)
     torch.testing.assert_close(low[~dropped], full[~dropped] / 0.75, rtol=1e-3, atol=1e-5)
+
+
+def test_multiplier_is_the_strength_that_clients_apply(
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedSdxl],
+    outputs: Callable[[LoadedSdxl], dict[str, Tensor]],
+) -> None:
+    given = []
+    # A client at strength 1/2 computes with half the alpha.
+    for alpha, multiplier in ((3.0, 0.5), (1.5, 1.0), (1.5, 0.0)):
+        model = load_sdxl(tiny_file)
+        adapter = build(model, network_alpha=alpha)
+        randomize(adapter)
+        adapter.multiplier = multiplier
+        with torch.no_grad():
+            given.append(outputs(model))
+    halved, expected, bare = given
+    assert all(torch.allclose(halved[n], expected[n], atol=1e-4) for n in halved)
+    with torch.no_grad():
+        assert same(bare, outputs(load_sdxl(tiny_file)))

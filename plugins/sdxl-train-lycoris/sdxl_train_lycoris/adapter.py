@@ -12,9 +12,9 @@ from sdxl_train_lycoris.quiet import quiet
 from sdxl_train_lycoris.targets import targets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from sdxl_train import LoadedModel
     from sdxl_train_lycoris.networks import LycorisNetwork
@@ -38,11 +38,27 @@ class LycorisAdapter:
         # It warns of what the options ask for, such as a rank that leaves LoKr's factors whole.
         with quiet("LyCORIS"):
             self.layers = {target.name: LycorisLayer(target, options) for target in self.targets}
+        self.multiplier = 1.0
         self._own_forwards = {
             target.name: vars(target.layer).get("forward") for target in self.targets
         }
         for target in self.targets:
             _replace_forward(target, self.layers[target.name].forward)
+
+    @property
+    def multiplier(self) -> float:
+        """How much of the network acts."""
+        return self._multiplier
+
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        self._multiplier = value
+        for layer in self.layers.values():
+            layer.multiplier = value
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Give the layers' deltas."""
+        return self.layers.values()
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Give one group for each part that has adapted layers."""

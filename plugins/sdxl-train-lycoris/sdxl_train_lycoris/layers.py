@@ -85,6 +85,7 @@ class LycorisLayer(nn.Module):
         if self.bypass is None:
             needs_weight = options.decomposes or options.rank_dropout
             self.bypass = self.algorithm.bypass_is_cheaper and not needs_weight
+        self.multiplier = 1.0
         self._base_forward = target.layer.forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,7 +94,8 @@ class LycorisLayer(nn.Module):
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return base
         delta: Tensor = self.drop(self._delta(x))
-        return base + delta
+        # Training is spared the kernel.
+        return base + (delta if self.multiplier == 1.0 else delta * self.multiplier)
 
     def state(self) -> dict[str, Tensor]:
         """Give the tensors of a file, whose ``alpha`` is fp32 []."""

@@ -128,3 +128,18 @@ def test_library_stays_quiet_and_keeps_its_level(
     attach(layer, algo="lokr", network_dim=99, dropout=0.5)
     assert capsys.readouterr() == ("", "")
     assert logger.level == before
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_multiplier_and_modes_act_on_every_layer(layer: nn.Linear, algo: str) -> None:
+    x = zero_sum_input()
+    adapter = attach(layer, algo=algo, dropout=0.5)
+    for module in adapter.modules():
+        module.eval()
+    whole = layer(x)
+    assert torch.equal(whole, layer(x))
+    # The base output of these inputs is zero.
+    adapter.multiplier = 0.5
+    assert torch.equal(layer(x), whole / 2)
+    adapter.multiplier = 0.0
+    assert not layer(x).any()

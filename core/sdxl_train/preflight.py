@@ -33,6 +33,8 @@ class Prepared:
     host: PluginHost
     scan: Scan
     batches: BatchPlan
+    validation: BatchPlan | None
+    """The held-out images, if any; ``validation.epoch(1)`` gives the same batches each time."""
     counts: StepCounts
     seed: int
     resume: ResumePoint | None = None
@@ -84,6 +86,8 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
         host=host,
         scan=scanned,
         batches=batches,
+        # Its own seed: runs that differ in theirs are validated on the same.
+        validation=BatchPlan(scanned.validation, 0) if scanned.validation else None,
         counts=counts,
         seed=seed,
         resume=resume,

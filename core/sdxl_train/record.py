@@ -87,7 +87,6 @@ class RunRecord:
             "ss_training_started_at": self.started,
             "ss_output_name": config.output.output_name,
             "ss_seed": self.seed,
-            "ss_num_validation_images": 0,
             "ss_num_batches_per_epoch": counts.batches_per_epoch,
             "ss_num_epochs": counts.epochs,
             "ss_max_train_steps": counts.total,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.components import LoadedModel
-    from sdxl_train.data.batches import Batch
+    from sdxl_train.data.batches import Batch, BatchPlan
     from sdxl_train.preflight import Prepared
 
 _CAPTIONS_AT_ONCE = 8
@@ -48,36 +48,35 @@ class Supply:
         self.model = model
         self.device = device
         self.autocast = autocast
-        self._pixels = PixelLoader(
-            prepared.batches.datasets,
-            num_workers=self.options.max_data_loader_n_workers,
-            persistent_workers=self.options.persistent_data_loader_workers,
-        )
-        self._loader = BatchLoader(
-            prepared.batches, self._pixels, prior_loss_weight=self.options.prior_loss_weight
-        )
+        self._loader = self._loader_of(prepared.batches)
+        self._validation = self._loader_of(prepared.validation) if prepared.validation else None
 
     def fill_caches(self) -> None:
         """Fill the caches that the options ask for, then free what only they needed."""
-        datasets = self.prepared.batches.datasets
+        for loader in self._loaders:
+            self._fill_caches(loader)
         if self.options.cache_latents:
-            self._loader.latents = LatentCache(datasets)
+            self.model.release_image_encoder()
+        if self.options.cache_text_encoder_outputs:
+            self.model.release_text_encoders()
+
+    def _fill_caches(self, loader: BatchLoader) -> None:
+        if self.options.cache_latents:
+            loader.latents = LatentCache(loader.plan.datasets)
             with _progress("caching latents") as progress:
-                self._loader.latents.fill(
-                    self._pixels,
+                loader.latents.fill(
+                    loader.pixels,
                     self._encode_images,
                     batch_size=self.options.vae_batch_size,
                     progress=progress,
                 )
-            self._pixels.close()
-            self.model.release_image_encoder()
+            loader.pixels.close()
         if self.options.cache_text_encoder_outputs:
-            self._loader.text = TextCache(datasets)
+            loader.text = TextCache(loader.plan.datasets)
             with _progress("caching text encoder outputs") as progress, self.autocast():
-                self._loader.text.fill(
+                loader.text.fill(
                     self.model.encode_text, batch_size=_CAPTIONS_AT_ONCE, progress=progress
                 )
-            self.model.release_text_encoders()
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
         """Give the batches of every step: whole epochs, the last one cut at the total.
@@ -98,9 +97,36 @@ class Supply:
                 yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
                 done += 1
 
+    def validation(self, limit: int | None = None) -> Iterator[Batch]:
+        """Give the held-out batches, on the device and with latents; none if nothing is held out.
+
+        They are the same each time, in the same order, and draw from no stream of training: no
+        augmentation, no dropped or shuffled captions. ``Prepared.validation`` plans them; its
+        ``batches_per_epoch`` is their number.
+
+        Args:
+            limit: How many to give at most.
+        """
+        if self._validation is not None:
+            specs = self._validation.plan.epoch(1)[:limit]
+            yield from self._ready(self._validation.batches(specs))
+
     def close(self) -> None:
         """End the worker processes."""
-        self._pixels.close()
+        for loader in self._loaders:
+            loader.pixels.close()
+
+    @property
+    def _loaders(self) -> list[BatchLoader]:
+        return [loader for loader in (self._loader, self._validation) if loader is not None]
+
+    def _loader_of(self, plan: BatchPlan) -> BatchLoader:
+        pixels = PixelLoader(
+            plan.datasets,
+            num_workers=self.options.max_data_loader_n_workers,
+            persistent_workers=self.options.persistent_data_loader_workers,
+        )
+        return BatchLoader(plan, pixels, prior_loss_weight=self.options.prior_loss_weight)
 
     def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:

@@ -93,6 +93,8 @@ def _images(dataset: object) -> str:
     text = f"{dataset['images']}, {dataset['repeats']} with repeats"
     if dataset["regularization"]:
         text += f", {dataset['regularization']} for regularization"
+    if dataset["validation"]:
+        text += f", {dataset['validation']} held out for validation"
     return f"{text}; {dataset['with_caption']} with a caption"
 
 

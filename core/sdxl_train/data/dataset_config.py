@@ -72,6 +72,8 @@ class DatasetConfig:
         batch_size: Images in a batch.
         resolution: Training size.
         buckets: How training sizes are found.
+        validation_split: Share of each subset's images that is held out of training.
+        validation_seed: Decides which ones.
         origins: Where each value comes from, by option name.
     """
 
@@ -80,6 +82,8 @@ class DatasetConfig:
     batch_size: int
     resolution: Size
     buckets: BucketOptions
+    validation_split: float
+    validation_seed: int
     origins: Mapping[str, str]
 
 
@@ -248,6 +252,8 @@ class _Resolver:
                 batch_size=batch_size,
                 resolution=resolution,
                 buckets=buckets,
+                validation_split=values.get("validation_split"),
+                validation_seed=values.get("validation_seed") or 0,
                 origins=values.origins,
             )
         )

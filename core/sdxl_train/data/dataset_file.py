@@ -67,6 +67,8 @@ class DatasetDefaults(SubsetDefaults):
     max_bucket_reso: Positive | None = None
     bucket_reso_steps: Positive | None = None
     bucket_no_upscale: bool | None = None
+    validation_split: Share | None = None
+    validation_seed: Count | None = None
 
 
 class DatasetTable(DatasetDefaults):

@@ -103,6 +103,14 @@ class DatasetOptions(OptionModel):
     dataset_repeats: Count = Field(
         1, description="Repeats an epoch of images whose folder or subset does not say its own."
     )
+    validation_split: Share = Field(
+        0.0,
+        description="Share of the images that is held out of training, to validate on. The same "
+        "file names are held out each time; regularization images never are.",
+    )
+    validation_seed: Count | None = Field(
+        None, description="Seed of what is held out, and of the noise to validate with. Default: 0."
+    )
     prior_loss_weight: float = Field(
         1.0, ge=0, description="Weight of the loss of regularization images."
     )

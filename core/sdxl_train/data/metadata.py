@@ -36,6 +36,7 @@ def dataset_metadata(scan: Scan, options: DatasetOptions) -> dict[str, str]:
     datasets = scan.datasets
     record: dict[str, Any] = {
         "ss_num_train_images": _samples(datasets, is_reg=False),
+        "ss_num_validation_images": _samples(scan.validation, is_reg=False),
         "ss_num_reg_images": _samples(datasets, is_reg=True),
         "ss_num_batches_per_epoch": BatchPlan(datasets, 0).batches_per_epoch,
         "ss_cache_latents": options.cache_latents,

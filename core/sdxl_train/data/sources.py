@@ -10,6 +10,8 @@ import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.data.buckets import SizeError, bucket_warnings, check_buckets, fitter
@@ -18,11 +20,11 @@ from sdxl_train.data.dataset_config import DEFAULT
 from sdxl_train.data.images import ImageError, read_header
 from sdxl_train.data.listing import Remarks, list_folder
 from sdxl_train.data.regularization import balanced
+from sdxl_train.data.validation import fixed, held_out, validation_images
 from sdxl_train.errors import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.captions import CaptionFile
@@ -78,6 +80,8 @@ class Scan:
     """What there is to train on, and what is wrong, odd or left out."""
 
     datasets: tuple[Dataset, ...]
+    validation: tuple[Dataset, ...]
+    """The held-out images, each once, without augmentation. None of them is in ``datasets``."""
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
@@ -88,6 +92,7 @@ class Scan:
         ``images`` are different training images, ``repeats`` the samples of an epoch that they
         make, ``regularization`` the different regularization images in use, ``with_caption`` how
         many of all these have a caption file. ``buckets`` count different images of both sorts.
+        ``validation`` counts the images that are held out of all this.
         """
         every = [image for dataset in self.datasets for image in dataset.images]
         training = [image for image in every if not image.is_reg]
@@ -96,6 +101,7 @@ class Scan:
             "images": len(training),
             "repeats": sum(image.repeats for image in training),
             "regularization": len(every) - len(training),
+            "validation": sum(len(dataset.images) for dataset in self.validation),
             "with_caption": sum(image.has_caption for image in every),
             "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
             "buckets": [
@@ -118,9 +124,19 @@ def scan(
     threads = min(32, 4 * (os.cpu_count() or 1))
     with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
         scanner = _Scanner(bucket_multiple, place, pool)
-        datasets = tuple(scanner.dataset(config) for config in configs)
+        found = [(config, scanner.images(config)) for config in configs]
+    held = [held_out(config, images) for config, images in found]
+    every = frozenset[Path]().union(*held)
+    training = [scanner.training(config, images, every) for config, images in found]
+    if every and not any(dataset.images for dataset in training):
+        scanner.all_held_out(found[0][0])
     return Scan(
-        datasets=datasets,
+        datasets=tuple(dataset for dataset in training if dataset.images or not every),
+        validation=tuple(
+            Dataset(config=fixed(config), images=tuple(validation_images(images, own)))
+            for (config, images), own in zip(found, held, strict=True)
+            if own
+        ),
         skipped=tuple(scanner.skipped),
         warnings=tuple(dict.fromkeys([*scanner.warnings, *scanner.remarks.lines()])),
         problems=tuple(scanner.problems),
@@ -141,7 +157,7 @@ class _Scanner:
         self.skipped: list[Skipped] = []
         self.remarks = Remarks()
 
-    def dataset(self, config: DatasetConfig) -> Dataset:
+    def images(self, config: DatasetConfig) -> list[ImageRecord]:
         """Scan one dataset; it has no images where its sizes are not valid."""
         fit = self._fitter(config)
         images: list[ImageRecord] = []
@@ -159,6 +175,19 @@ class _Scanner:
         if config.subsets and all(subset.is_reg for subset in config.subsets):
             message = "has regularization images only, and nothing to train"
             self.problems.append(Problem(place=config.place, message=message))
+        return images
+
+    def training(
+        self, config: DatasetConfig, images: Sequence[ImageRecord], held: frozenset[Path]
+    ) -> Dataset:
+        """Give what is trained of a dataset: nothing that any dataset holds out."""
+        if config.validation_split and not held:
+            self.warnings.append(
+                f"{self.origin(config, 'validation_split')}: {config.validation_split:g} of "
+                f"{len(images)} images holds out none"
+            )
+        if held:
+            images = [image for image in images if image.path.resolve() not in held]
         used = balanced(images)
         unused = len(images) - len(used)
         if unused:
@@ -169,13 +198,27 @@ class _Scanner:
             )
         return Dataset(config=config, images=tuple(used))
 
-    def _fitter(self, config: DatasetConfig) -> Callable[[Size], Fit] | None:
-        def place(name: str) -> str:
-            origin = config.origins[name]
-            return self.place(name) if origin == DEFAULT else origin
+    def all_held_out(self, config: DatasetConfig) -> None:
+        """Complain that nothing is left to train."""
+        self.problems.append(
+            Problem(
+                place=self.origin(config, "validation_split"),
+                message="holds out every image, and nothing is left to train",
+                remedy="hold out less, or add a dataset to train on",
+            )
+        )
 
+    def origin(self, config: DatasetConfig, name: str) -> str:
+        """Give the place of an option of a dataset."""
+        origin = config.origins[name]
+        return self.place(name) if origin == DEFAULT else origin
+
+    def _fitter(self, config: DatasetConfig) -> Callable[[Size], Fit] | None:
         problems = check_buckets(
-            config.resolution, config.buckets, multiple=self.multiple, place=place
+            config.resolution,
+            config.buckets,
+            multiple=self.multiple,
+            place=partial(self.origin, config),
         )
         self.problems += problems
         if problems:

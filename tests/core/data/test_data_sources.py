@@ -41,6 +41,7 @@ def test_summary_counts_what_will_be_trained(
         "images": 3,
         "repeats": 7,
         "regularization": 1,
+        "validation": 0,
         "with_caption": 2,
         "skipped": [
             {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sdxl_train.errors import TrainingError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -39,7 +39,7 @@ class Checkpoint:
     epoch: int
 
 
-_STEMS = {"epoch": "epoch", "step": "at", "final": "last"}
+STEMS = {"epoch": "epoch", "step": "at", "final": "last"}
 """What sd-scripts calls files when the run has no name."""
 
 
@@ -55,27 +55,47 @@ def state_name(output: OutputOptions, point: SavePoint) -> str:
 
 def _stem(output: OutputOptions, point: SavePoint) -> str:
     suffix = {"epoch": f"-{point.number:06d}", "step": f"-step{point.number:08d}", "final": ""}
-    return (output.output_name or _STEMS[point.kind]) + suffix[point.kind]
+    return (output.output_name or STEMS[point.kind]) + suffix[point.kind]
+
+
+def _to_keep(output: OutputOptions, kind: str) -> tuple[int | None, int | None]:
+    """Give how many networks and states of a kind stay; None means all.
+
+    States are counted apart where ``save_last_n_*_state`` says so.
+    """
+    networks, states = {
+        "epoch": (output.save_last_n_epochs, output.save_last_n_epochs_state),
+        "step": (output.save_last_n_steps, output.save_last_n_steps_state),
+        "final": (None, None),
+    }[kind]
+    return networks, states or networks
+
+
+def kept(output: OutputOptions, points: Sequence[SavePoint]) -> tuple[int, int]:
+    """Give how many networks and states lie there when all of ``points`` have been saved."""
+    networks = states = 0
+    for kind in STEMS:
+        of_kind = [point for point in points if point.kind == kind]
+        keep_networks, keep_states = _to_keep(output, kind)
+        networks += min(sum(p.network for p in of_kind), keep_networks or len(of_kind))
+        states += min(sum(p.state for p in of_kind), keep_states or len(of_kind))
+    return networks, states
 
 
 def prune(output: OutputOptions, point: SavePoint) -> list[Path]:
     """Give the networks and states of this kind beyond the number to keep, the oldest first.
 
-    ``save_last_n_*=M`` keeps the newest M, counted up to the one just written; states are counted
-    apart where ``save_last_n_*_state`` says so.
+    ``save_last_n_*=M`` keeps the newest M, counted up to the one just written.
     """
     if point.kind == "final":
         return []
-    networks, states = {
-        "epoch": (output.save_last_n_epochs, output.save_last_n_epochs_state),
-        "step": (output.save_last_n_steps, output.save_last_n_steps_state),
-    }[point.kind]
-    stem = re.escape(output.output_name or _STEMS[point.kind])
+    networks, states = _to_keep(output, point.kind)
+    stem = re.escape(output.output_name or STEMS[point.kind])
     digits = r"-(\d{6})" if point.kind == "epoch" else r"-step(\d{8})"
     folder = output.output_dir
     return [
         *_beyond(folder, rf"{stem}{digits}\.{output.save_model_as}", networks, point.number),
-        *_beyond(folder, rf"{stem}{digits}-state", states or networks, point.number),
+        *_beyond(folder, rf"{stem}{digits}-state", states, point.number),
     ]
 
 
@@ -101,11 +121,8 @@ def save_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
         TrainingError: If a tensor is not finite, or the file cannot be written.
     """
     import safetensors.torch
-    import torch
 
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise TrainingError(f"{name} is not finite; nothing was written to {path}")
+    require_finite(tensors, path)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     kept = {name: text for name, text in metadata.items() if name.startswith("ss_")}
     data = safetensors.torch.save(plain, kept)
@@ -116,6 +133,19 @@ def save_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     }
     del data
     write_atomically(path, safetensors.torch.save(plain, {**metadata, **hashes}))
+
+
+def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse to write a value that is not finite.
+
+    Raises:
+        TrainingError: With the name of the tensor; nothing was written.
+    """
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise TrainingError(f"{name} is not finite; nothing was written to {path}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

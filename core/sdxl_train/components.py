@@ -359,6 +359,8 @@ class Observer(Component):
 
     always: ClassVar[bool] = False
     """Active without being asked for (built-in ones only)."""
+    unlimited: ClassVar[bool] = False
+    """Its calls may take longer than ``--observer_timeout``: it computes, it waits for nobody."""
 
     @abstractmethod
     def build(self, run: Run) -> object:

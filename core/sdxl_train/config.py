@@ -95,6 +95,27 @@ class TrainingOptions(OptionModel):
         None,
         description="State folder to go on from, or latest: the newest one of this run, if any.",
     )
+    reset_optimizer: bool = Field(
+        False, description="With --resume: take the weights only, start the optimizer afresh."
+    )
+    allow_base_change: bool = Field(
+        False, description="With --resume: go on with another base model than the state's."
+    )
+    initial_step: int | None = Field(
+        None, ge=0, description="Begin behind this step: those before count as done."
+    )
+    initial_epoch: int | None = Field(
+        None, ge=1, description="Begin with this epoch, counted from 1. --initial_step wins."
+    )
+    skip_until_initial_step: bool = Field(
+        False, description="For sd-scripts' users; steps before the first are always skipped."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="Device to train on; auto takes the best there is and says which."
+    )
+    observer_timeout: float = Field(
+        60, ge=0, description="Leave an observer out that takes more seconds in a call; 0 = never."
+    )
     strict_observers: bool = Field(
         False, description="End the run when an observer fails, instead of going on without it."
     )
@@ -128,11 +149,20 @@ class OutputOptions(OptionModel):
     save_state_on_train_end: bool = Field(
         False, description="Save what --resume needs at the end only."
     )
+    save_state_every_n_epochs: int | None = Field(
+        None, ge=1, description="Save what --resume needs each N epochs, without a network."
+    )
+    save_state_every_n_steps: int | None = Field(
+        None, ge=1, description="Save what --resume needs each N steps, without a network."
+    )
     save_last_n_epochs_state: int | None = Field(
         None, ge=1, description="Keep the newest N epoch states. Default: as for checkpoints."
     )
     save_last_n_steps_state: int | None = Field(
         None, ge=1, description="Keep the newest N step states. Default: as for checkpoints."
+    )
+    overwrite: bool = Field(
+        False, description="Write over the files of an earlier run of this name."
     )
     no_metadata: bool = Field(
         False, description="Save only the metadata that clients need to load the file."

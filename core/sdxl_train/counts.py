@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sdxl_train.components import StepPlan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sdxl_train.config import OutputOptions, TrainingOptions
 
 DEFAULT_MAX_STEPS = 1600
@@ -67,23 +69,58 @@ class StepCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class SavePoint:
-    """A file that falls due after a step.
+    """What falls due after a step.
 
     Attributes:
         kind: ``epoch``, ``step`` or ``final``.
         number: The epoch or step in the file's name.
+        network: Whether the network is saved.
+        state: Whether what ``--resume`` needs is saved.
     """
 
     kind: str
     number: int
+    network: bool = True
+    state: bool = False
+
+
+def with_state(points: Sequence[SavePoint], step: int) -> list[SavePoint]:
+    """Give ``points`` such that a state is saved after ``step``, with a network beside it."""
+    if not points:
+        return [SavePoint(kind="step", number=step, state=True)]
+    if any(point.state for point in points):
+        return list(points)
+    return [*points[:-1], replace(points[-1], state=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rhythm:
+    """Every how many epochs and steps something is saved."""
+
+    epochs: int | None
+    steps: int | None
+
+    def due(self, kind: str, number: int) -> bool:
+        every = self.epochs if kind == "epoch" else self.steps
+        return every is not None and number % every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveSchedule:
-    """When the network is saved during a run."""
+    """When the network and the state are saved during a run.
 
-    every_n_epochs: int | None
-    every_n_steps: int | None
+    Attributes:
+        networks: The rhythm of the networks.
+        states: The rhythm of the states that are not saved with a network.
+        state_with_network: With each network goes a state.
+        state_at_end: A state is saved at the end.
+        counts: The lengths of the run.
+    """
+
+    networks: _Rhythm
+    states: _Rhythm
+    state_with_network: bool
+    state_at_end: bool
     counts: StepCounts
 
     @classmethod
@@ -92,20 +129,35 @@ class SaveSchedule:
         every = output.save_every_n_epochs
         if output.save_n_epoch_ratio is not None:
             every = max(1, counts.epochs // output.save_n_epoch_ratio)
-        return cls(every_n_epochs=every, every_n_steps=output.save_every_n_steps, counts=counts)
+        states = _Rhythm(
+            epochs=output.save_state_every_n_epochs, steps=output.save_state_every_n_steps
+        )
+        return cls(
+            networks=_Rhythm(epochs=every, steps=output.save_every_n_steps),
+            states=states,
+            state_with_network=output.save_state,
+            state_at_end=output.save_state or output.save_state_on_train_end,
+            counts=counts,
+        )
 
     def due(self, step: int) -> list[SavePoint]:
         """Give what to save after ``step``. The last epoch has no file: the final one is it."""
-        points = []
-        if self.every_n_steps and step % self.every_n_steps == 0:
-            points.append(SavePoint(kind="step", number=step))
+        points = [self._point("step", step)]
         epoch, rest = divmod(step, self.counts.steps_per_epoch)
-        ends_epoch = rest == 0 and epoch < self.counts.epochs
-        if self.every_n_epochs and ends_epoch and epoch % self.every_n_epochs == 0:
-            points.append(SavePoint(kind="epoch", number=epoch))
+        if rest == 0 and epoch < self.counts.epochs:
+            points.append(self._point("epoch", epoch))
         if step == self.counts.total:
-            points.append(SavePoint(kind="final", number=step))
-        return points
+            points.append(SavePoint(kind="final", number=step, state=self.state_at_end))
+        return [point for point in points if point.network or point.state]
+
+    def _point(self, kind: str, number: int) -> SavePoint:
+        network = self.networks.due(kind, number)
+        return SavePoint(
+            kind=kind,
+            number=number,
+            network=network,
+            state=(network and self.state_with_network) or self.states.due(kind, number),
+        )
 
     def steps(self) -> list[int]:
         """Give every step after which something is saved."""

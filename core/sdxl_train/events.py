@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ from sdxl_train.blame import blame
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.hookspecs import EVENTS, hookimpl
 from sdxl_train.loading import Implementations, signature_fault
+from sdxl_train.signals import TimeIsUp, time_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    import torch
     from pluggy import PluginManager
 
     from sdxl_train.plugins import LoadedPlugin
@@ -25,24 +28,37 @@ logger = logging.getLogger(__name__)
 class Events:
     """The events of one run.
 
-    An observer that raises is reported once and not asked again; with ``strict`` the exception
-    ends the run instead.
+    An observer that raises, or takes longer than ``timeout`` seconds in a call, is reported once
+    and not asked again; with ``strict`` the exception ends the run instead. What it changes of the
+    process (threads, default type, gradient mode) is put back.
 
     Attributes:
         failures: What went wrong, by the name of the plugin or ``observer NAME``.
     """
 
     def __init__(
-        self, manager: PluginManager, plugins: list[LoadedPlugin], *, strict: bool = False
+        self,
+        manager: PluginManager,
+        plugins: list[LoadedPlugin],
+        *,
+        strict: bool = False,
+        timeout: float = 0,
     ) -> None:
         self.manager = manager
         self.plugins = plugins
         self.strict = strict
+        self.timeout = timeout
         self.failures: dict[str, str] = {}
         self._observers: list[str] = []
+        self._unlimited: set[str] = set()
 
-    def add_observer(self, name: str, observer: object) -> None:
+    def add_observer(self, name: str, observer: object, *, unlimited: bool = False) -> None:
         """Register the object that an Observer component built.
+
+        Args:
+            name: Name of the component.
+            observer: The object.
+            unlimited: Its calls may take as long as they take.
 
         Raises:
             SdxlTrainError: If none of its methods is an event, one looks like a misspelt event, or
@@ -56,6 +72,8 @@ class Events:
                 raise SdxlTrainError(f"observer '{name}': {fault}")
             setattr(implementations, event, _marked(method))
         self._observers.append(f"observer {name}")
+        if unlimited:
+            self._unlimited.add(f"observer {name}")
         self.manager.register(implementations, name=f"observer {name}")
 
     def tell(self, event: str, **arguments: Any) -> None:
@@ -66,20 +84,25 @@ class Events:
         for impl in getattr(self.manager.hook, event).get_hookimpls():
             if impl.plugin_name in self.failures:
                 continue
+            limit = 0 if impl.plugin_name in self._unlimited else self.timeout
             try:
-                impl.function(*(arguments[name] for name in impl.argnames))
-            except (Exception, SystemExit) as error:
+                with kept_process_state(impl.plugin_name), time_limit(limit):
+                    impl.function(*(arguments[name] for name in impl.argnames))
+            except (Exception, SystemExit, TimeIsUp) as error:
                 # Whatever an observer does, the weights and the run's end are not its business.
                 blame(error, self.plugins)
                 # A run that has failed already ends with its own error.
                 if self.strict and arguments.get("error") is None:
                     raise
-                self.failures[impl.plugin_name] = f"{event}: {type(error).__name__}: {error}"
+                text = f"{type(error).__name__}: {error}"
+                if isinstance(error, TimeIsUp):
+                    text = f"it took more than --observer_timeout {limit:g} seconds"
+                self.failures[impl.plugin_name] = f"{event}: {text}"
                 logger.warning(
                     "%s failed in %s and is left out from here on: %s",
                     impl.plugin_name,
                     event,
-                    "; ".join([f"{type(error).__name__}: {error}", *_notes(error)]),
+                    "; ".join([text, *_notes(error)]),
                     exc_info=logger.isEnabledFor(logging.DEBUG),
                 )
 
@@ -87,6 +110,42 @@ class Events:
         """Take the observers of this run off the manager."""
         while self._observers:
             self.manager.unregister(name=self._observers.pop())
+
+
+@contextmanager
+def kept_process_state(name: str) -> Iterator[None]:
+    """Put back what decides how torch computes in this process, and say who had changed it.
+
+    Generators need no such care: each draw of a step seeds its own (see :mod:`.rng`).
+    """
+    import torch
+
+    before = _process_state()
+    try:
+        yield
+    finally:
+        if _process_state() != before:
+            gradients, dtype, threads, deterministic = before
+            torch.set_grad_enabled(gradients)
+            torch.set_default_dtype(dtype)
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic)
+            logger.warning(
+                "%s changed torch's gradient mode, default type, threads or determinism for the "
+                "whole process; put back",
+                name,
+            )
+
+
+def _process_state() -> tuple[bool, torch.dtype, int, bool]:
+    import torch
+
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
 
 
 def _events_of(name: str, observer: object) -> list[str]:

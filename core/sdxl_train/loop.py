@@ -51,6 +51,7 @@ class StepResult:
         grad_norm: Norm of all gradients before clipping, fp32 scalar on the device.
         learning_rates: The rate of each optimizer group in this step, by name.
         keys: Short names of the images of this step.
+        skipped: The gradient scaler left the weights as they were (fp16 overflow).
     """
 
     step: int
@@ -59,6 +60,12 @@ class StepResult:
     grad_norm: Tensor
     learning_rates: Mapping[str, float]
     keys: tuple[str, ...]
+    skipped: bool = False
+
+
+MAX_SKIPPED_IN_A_ROW = 25
+"""A gradient scaler starts at 2**16 and halves at each overflow: more halvings than that find no
+scale that fits."""
 
 
 @dataclass(kw_only=True)
@@ -81,8 +88,11 @@ class Step:
     clip: Callable[[], Tensor]
     optimizer: Optimizer
     scheduler: LRScheduler
-    tolerates_overflow: bool = field(default=False)
-    """A gradient scaler is at work: it skips steps whose gradients are not finite."""
+    was_skipped: Callable[[], bool] | None = None
+    """Set where a gradient scaler is at work: it skips steps whose gradients are not finite."""
+    updating: bool = field(default=False, init=False)
+    """The update has begun and not ended: weights, optimizer and schedule do not belong together.
+    """
 
 
 def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterator[StepResult]:
@@ -97,26 +107,37 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         TrainingError: If a loss or gradient is not finite. The weights are still those of the
             step before.
     """
+    skipped_in_a_row = 0
     for number, group in enumerate(steps, start=start + 1):
         losses = []
         for position, batch in enumerate(group.batches):
             loss = batch_loss(batch, step, (number, position))
             step.backward(loss / len(group.batches))
             losses.append(loss.detach())
-        loss, grad_norm = torch.stack(losses).mean(), step.clip()
-        keys = tuple(key for batch in group.batches for key in batch.keys)
-        _require_finite(loss, grad_norm, number, keys, step)
+        grad_norm = step.clip()
+        _require_finite(losses, grad_norm, number, group.batches, step)
         rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
+        step.updating = True
         step.optimizer.step()
         step.scheduler.step()
+        step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
+        skipped = step.was_skipped is not None and step.was_skipped()
+        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {number}: the last {skipped_in_a_row} steps were all skipped, because "
+                f"their gradients overflow fp16 at any scale: nothing trains. Use "
+                f"--mixed_precision bf16, or a lower learning rate"
+            )
         yield StepResult(
             step=number,
             epoch=group.epoch,
-            loss=loss,
+            loss=torch.stack(losses).mean(),
             grad_norm=grad_norm,
             learning_rates=rates,
-            keys=keys,
+            keys=tuple(key for batch in group.batches for key in batch.keys),
+            skipped=skipped,
         )
 
 
@@ -156,14 +177,49 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> Tensor:
 
 
 def _require_finite(
-    loss: Tensor, grad_norm: Tensor, number: int, keys: Sequence[str], step: Step
+    losses: Sequence[Tensor],
+    grad_norm: Tensor,
+    number: int,
+    batches: Sequence[Batch],
+    step: Step,
 ) -> None:
-    suspect = loss if step.tolerates_overflow else loss + grad_norm
-    if torch.isfinite(suspect):
+    total = torch.stack(list(losses)).sum()
+    if torch.isfinite(total if step.was_skipped else total + grad_norm):
         return
-    what = "loss" if not torch.isfinite(loss) else "gradient"
-    raise TrainingError(
-        f"step {number}: the {what} is not finite (loss {loss.item()}, gradient norm "
-        f"{grad_norm.item()}), so the step was not applied. Images: {', '.join(keys[:8])}. "
-        f"Likely causes: a learning rate that is too high, or an image or VAE that gives NaN."
+    raise TrainingError(_diagnosis(losses, grad_norm, number, batches))
+
+
+def _diagnosis(
+    losses: Sequence[Tensor], grad_norm: Tensor, number: int, batches: Sequence[Batch]
+) -> str:
+    """Say what is not finite and in which images, looking only now that it matters."""
+    broken = [
+        key
+        for batch in batches
+        if batch.latents is not None
+        for key, latents in zip(batch.keys, batch.latents, strict=True)
+        if not torch.isfinite(latents).all()
+    ]
+    suspects = [
+        key
+        for loss, batch in zip(losses, batches, strict=True)
+        if not torch.isfinite(loss)
+        for key in batch.keys
+    ]
+    keys = broken or suspects or [key for batch in batches for key in batch.keys]
+    named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
+    if broken:
+        what = "the latents of some images are not finite"
+        cause = "The VAE overflows on them (an fp16 VAE does): use a VAE that is sound in fp16, "
+        cause += "or --no_half_vae"
+    elif suspects:
+        what = "the loss is not finite"
+        cause = "Likely causes: a learning rate that is too high, or fp16 overflow in the model"
+    else:
+        what = "the gradient is not finite"
+        cause = "Likely cause: a learning rate that is too high"
+    mean = torch.stack(list(losses)).mean().item()
+    return (
+        f"step {number}: {what} (loss {mean:g}, gradient norm {grad_norm.item():g}), so the step "
+        f"was not applied. Images: {named}. {cause}"
     )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_train.assembly import WEIGHT_DTYPES, assemble
+from sdxl_train.checkpoint import kept
+from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def make_plan(prepared: Prepared) -> Plan:
         }
         for group in assembly.groups
     ]
+    room = _room(prepared, assembly)
     return Plan(
         plugins=[
             {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
@@ -81,7 +84,7 @@ def make_plan(prepared: Prepared) -> Plan:
         modules=assembly.parts,
         groups=groups,
         memory=_memory(prepared, assembly),
-        warnings=[*prepared.warnings, *_rate_remarks(config, groups)],
+        warnings=[*prepared.warnings, *_rate_remarks(config, groups), *room],
     )
 
 
@@ -119,6 +122,27 @@ def _try_components(prepared: Prepared, assembly: Assembly) -> None:
             problems.extend(error.problems)
     if problems:
         raise UserError(problems)
+
+
+def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
+    """Compare what the run saves with the free space of its disk.
+
+    Raises:
+        UserError: If there is no room for even one save.
+    """
+    output = prepared.config.output
+    parameters = sum(parameter.numel() for parameter in assembly.parameters)
+    network = parameters * (2 if output.save_precision in ("fp16", "bf16") else 4)
+    # Most optimizers keep two fp32 values for each weight, which a state holds as well.
+    state = parameters * 4 * 3
+    points = [point for step in prepared.saves.steps() for point in prepared.saves.due(step)]
+    one = max(point.network * network + point.state * state for point in points)
+    problem = room_problem(prepared.config.place("output_dir"), output.output_dir, one)
+    if problem is not None:
+        raise UserError([problem])
+    networks, states = kept(output, points)
+    remark = room_remark(output.output_dir, networks * network + states * state, networks + states)
+    return [remark] if remark else []
 
 
 def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:

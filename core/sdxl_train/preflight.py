@@ -10,6 +10,7 @@ from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import resolve_datasets
 from sdxl_train.data.sources import scan
+from sdxl_train.earlier import files_of_earlier_run
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
@@ -37,6 +38,8 @@ class Prepared:
     """The held-out images, if any; ``validation.epoch(1)`` gives the same batches each time."""
     counts: StepCounts
     seed: int
+    start: int = 0
+    """Optimizer steps that count as done."""
     resume: ResumePoint | None = None
     warnings: list[str] = field(default_factory=list)
 
@@ -81,8 +84,10 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
             f"{counts.warmup} warm-up steps in a run of {counts.total} steps",
             "shorten the warm-up or train longer",
         )
+    start = _start(config, counts, resume)
     return Prepared(
         config=config,
+        start=start,
         host=host,
         scan=scanned,
         batches=batches,
@@ -93,6 +98,28 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
         resume=resume,
         warnings=warnings,
     )
+
+
+def _start(config: RunConfig, counts: StepCounts, resume: ResumePoint | None) -> int:
+    """Give the steps that count as done: as the options say, else as many as the state has.
+
+    Raises:
+        UserError: If that leaves nothing to train.
+    """
+    training = config.training
+    if training.initial_step is not None:
+        option, start = "initial_step", training.initial_step
+    elif training.initial_epoch is not None:
+        option, start = "initial_epoch", (training.initial_epoch - 1) * counts.steps_per_epoch
+    else:
+        return resume.manifest.step if resume else 0
+    if start >= counts.total:
+        raise UserError.of(
+            config.place(option),
+            f"begins behind step {start} of a run of {counts.total} steps: nothing is left",
+            "begin earlier, or raise --max_train_steps or --max_train_epochs, which are totals",
+        )
+    return start
 
 
 def _resume_point(config: RunConfig, scanned: Scan, problems: list[Problem]) -> ResumePoint | None:
@@ -165,6 +192,31 @@ def _remarks(config: RunConfig) -> Iterator[str]:
         yield (
             f"neither --max_train_steps nor --max_train_epochs is set: training for "
             f"{DEFAULT_MAX_STEPS} steps, sd-scripts' default"
+        )
+    if training.initial_step is not None and training.initial_epoch is not None:
+        yield (
+            f"{config.place('initial_epoch')} has no effect: "
+            f"{config.place('initial_step')} takes precedence"
+        )
+    begins = training.initial_step is not None or training.initial_epoch is not None
+    if begins and training.resume is None:
+        yield (
+            f"{config.place('initial_step' if training.initial_step else 'initial_epoch')} skips "
+            f"steps but restores nothing: weights and learning rate start fresh without --resume"
+        )
+    elif begins:
+        yield "the step count of the state is ignored: --initial_step or --initial_epoch is set"
+    if training.skip_until_initial_step and not begins and training.resume is None:
+        yield "--skip_until_initial_step has no effect: there is no --initial_step or --resume"
+    if training.reset_optimizer and training.resume is None:
+        yield "--reset_optimizer has no effect without --resume"
+    earlier = files_of_earlier_run(config.output) if training.resume is None else []
+    if earlier:
+        fate = "are removed" if config.output.overwrite else "are moved into a folder of their own"
+        yield (
+            f"{config.output.output_dir} has {len(earlier)} files of an earlier run of this name, "
+            f"such as {earlier[0].name}: they {fate} when training starts"
+            + ("; to go on with it, use --resume latest" if not config.output.overwrite else "")
         )
     if not config.is_set("learning_rate") and not config.optimizer.single_lr:
         yield (

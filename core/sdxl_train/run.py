@@ -16,8 +16,10 @@ from accelerate.state import AcceleratorState
 
 from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.blame import blame
-from sdxl_train.counts import SavePoint
+from sdxl_train.change import ChangeCheck
+from sdxl_train.counts import with_state
 from sdxl_train.data.metadata import dataset_metadata
+from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
 from sdxl_train.events import Events
@@ -26,17 +28,18 @@ from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.resume import model_identity
 from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.saver import Saver
-from sdxl_train.signals import StopSignals
+from sdxl_train.signals import RunSignals
 from sdxl_train.supply import Supply
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
     from torch import Tensor
 
     from sdxl_train.config import RunConfig
+    from sdxl_train.counts import SavePoint
     from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
@@ -74,6 +77,7 @@ class RunResult:
     Attributes:
         exit_code: 0 when it came to its end; 128 plus the signal that stopped it.
         steps: Optimizer steps done.
+        skipped_steps: Those of them that an fp16 overflow left without effect.
         files: The networks it wrote that are still there.
         final_loss: Mean loss of the last step.
         observer_failures: What went wrong in which observer.
@@ -81,6 +85,7 @@ class RunResult:
 
     exit_code: int = 0
     steps: int = 0
+    skipped_steps: int = 0
     files: list[Path] = field(default_factory=list)
     final_loss: float | None = None
     observer_failures: dict[str, str] = field(default_factory=dict)
@@ -93,19 +98,19 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
         UserError: If the machine cannot do what the options ask.
         TrainingError: If training fails; the files written before are whole.
     """
-    done = prepared.resume.manifest.step if prepared.resume else 0
-    if done >= prepared.counts.total:
+    if prepared.resume is not None and prepared.start >= prepared.counts.total:
         logger.info(
             "already complete: %d of %d steps are done in %s",
-            done,
+            prepared.start,
             prepared.counts.total,
-            prepared.resume.folder if prepared.resume else "",
+            prepared.resume.folder,
         )
-        return RunResult(steps=done)
+        return RunResult(steps=prepared.start)
     plugins = list(prepared.host.enabled.values())
     try:
-        trainer = Trainer(prepared, plan)
-        trainer.run_to_end()
+        with sole_writer(prepared.config):
+            trainer = Trainer(prepared, plan)
+            trainer.run_to_end()
     except BaseException as error:
         blame(error, plugins)
         raise
@@ -142,6 +147,7 @@ class Trainer:
         self.record = self._build_record()
         output = config.output
         output.output_dir.mkdir(parents=True, exist_ok=True)
+        clear_the_way(config)
         self.run = Run(
             config=config,
             plan=plan,
@@ -161,6 +167,8 @@ class Trainer:
         )
         if prepared.resume is not None:
             self._restore(prepared.resume)
+        self.result.steps = prepared.start
+        self.change = ChangeCheck(self.assembly.parameters)
         self.events = self._build_events()
         self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
         self.supply.fill_caches()
@@ -169,7 +177,7 @@ class Trainer:
         """Train, and close whatever happens."""
         error: BaseException | None = None
         try:
-            with StopSignals() as signals:
+            with RunSignals() as signals:
                 self.train(signals)
         except BaseException as raised:
             error = raised
@@ -177,26 +185,52 @@ class Trainer:
         finally:
             self.close(error)
 
-    def train(self, signals: StopSignals) -> None:
+    def train(self, signals: RunSignals) -> None:
         """Train to the end, or to the first signal, saving what falls due."""
         self.events.tell("run_started", run=self.run)
         total = self.prepared.counts.total
         last: StepResult | None = None
-        start = self.result.steps
-        for last in train(self.supply.steps(start), self.step, start=start):
+        steps = train(self.supply.steps(self.result.steps), self.step, start=self.result.steps)
+        while True:
+            try:
+                step = next(steps, None)
+            except Exception as error:
+                self._rescue(last, error)
+                raise
+            if step is None:
+                break
+            last = step
             self.result.steps = last.step
-            points = self.prepared.saves.due(last.step)
+            self.result.skipped_steps += last.skipped
+            self.change.after(last)
             stopped = signals.received is not None and last.step < total
-            if stopped and not points:
-                points = [SavePoint(kind="step", number=last.step)]
-            for point in points:
-                checkpoint = self.saver.save(point, last, interrupted=stopped)
-                self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+            points = self.prepared.saves.due(last.step)
+            if stopped or signals.take_save_request():
+                points = with_state(points, last.step)
+            self._save(points, last)
             self.events.tell("step_finished", run=self.run, step=last)
             if stopped:
                 self.result.exit_code = signals.exit_code
                 break
+        self.change.conclude()
         self.result.final_loss = last.loss.item() if last else None
+
+    def _save(self, points: Sequence[SavePoint], step: StepResult) -> None:
+        for point in points:
+            checkpoint = self.saver.save(point, step)
+            if checkpoint is not None:
+                self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+
+    def _rescue(self, last: StepResult | None, error: Exception) -> None:
+        """Save the weights and the state of the last whole step, before ``error`` ends the run."""
+        if last is None or self.step.updating or self.saver.state_at == last.step:
+            return
+        try:
+            self._save(with_state([], last.step), last)
+        except TrainingError as second:
+            error.add_note(f"the state of step {last.step} could not be saved either: {second}")
+        else:
+            error.add_note(f"the state of step {last.step} is saved: --resume latest goes on there")
 
     def close(self, error: BaseException | None) -> None:
         """End the workers, tell the observers, and write the record."""
@@ -210,6 +244,7 @@ class Trainer:
             {
                 "status": _status(error, self.result.exit_code),
                 "steps": self.result.steps,
+                "skipped_steps": self.result.skipped_steps,
                 "final_loss": self.result.final_loss,
                 "files": [path.name for path in self.result.files],
                 "observer_failures": self.result.observer_failures,
@@ -219,14 +254,13 @@ class Trainer:
 
     def _restore(self, point: ResumePoint) -> None:
         model = model_identity(self.record.described)
-        if model != point.manifest.model:
+        if model != point.manifest.model and not self.config.training.allow_base_change:
             raise UserError.of(
                 self.config.place("pretrained_model_name_or_path"),
                 f"is {model} now, {point.manifest.model} in {point.folder}",
-                "resume with the base model of the state",
+                "resume with the base model of the state, or add --allow_base_change",
             )
         self.saver.restore(point)
-        self.result.steps = point.manifest.step
 
     def _build_step(self, device: torch.device) -> Step:
         config, model = self.config, self.model
@@ -248,7 +282,7 @@ class Trainer:
             clip=self._clip,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            tolerates_overflow=config.training.mixed_precision == "fp16",
+            was_skipped=self._was_skipped if self.accelerator.scaler else None,
         )
 
     def _build_record(self) -> RunRecord:
@@ -284,10 +318,11 @@ class Trainer:
             host.manager,
             list(host.enabled.values()),
             strict=self.config.training.strict_observers,
+            timeout=self.config.training.observer_timeout,
         )
         names = [e.qualified for e in self.config.entries if e.kind.name == "observer"]
         for name, observer in zip(names, self.config.observers, strict=True):
-            events.add_observer(name, observer.build(self.run))
+            events.add_observer(name, observer.build(self.run), unlimited=observer.unlimited)
         return events
 
     def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
@@ -302,6 +337,9 @@ class Trainer:
             "target_size": batch.target_size,
         }
 
+    def _was_skipped(self) -> bool:
+        return bool(self.optimizer.step_was_skipped)
+
     def _clip(self) -> Tensor:
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.training.max_grad_norm or float("inf")
@@ -309,16 +347,25 @@ class Trainer:
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    precision = config.training.mixed_precision
-    if precision == "fp16" and not torch.cuda.is_available():
+    precision, device = config.training.mixed_precision, config.training.device
+    missing = (device == "cuda" and not torch.cuda.is_available()) or (
+        device == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise UserError.of(
+            config.place("device"),
+            f"there is no {device} device on this machine, or this torch cannot use it",
+            "use --device auto or cpu, or install a torch built for it",
+        )
+    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
         raise UserError.of(
             config.place("mixed_precision"),
-            "fp16 needs a GPU, and this machine has none",
+            "fp16 needs a GPU, and this run has none",
             "use --mixed_precision bf16 or no",
         )
     # accelerate keeps one state for the process; a second run may want another precision.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     if accelerator.num_processes > 1:
         raise TrainingError(
             f"{accelerator.num_processes} processes were launched; this version trains with one"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network, state_name
+from sdxl_train.disk import require_room
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
 
@@ -36,6 +37,7 @@ class Saver:
 
     Attributes:
         files: The networks that this run wrote and that are still there.
+        state_at: The step of the newest state that this run saved.
     """
 
     def __init__(
@@ -58,31 +60,41 @@ class Saver:
         self.scheduler = scheduler
         self.scaler = scaler
         self.files: list[Path] = []
+        self.state_at: int | None = None
         self._dataset = dataset_digest(prepared.scan)
 
-    def save(self, point: SavePoint, step: StepResult, *, interrupted: bool = False) -> Checkpoint:
-        """Write the network and, where the options ask for it, the state beside it.
+    def save(self, point: SavePoint, step: StepResult) -> Checkpoint | None:
+        """Write what falls due, the state beside the network; give the network, if any.
 
         Raises:
-            TrainingError: If a file cannot be written; older ones are whole.
+            TrainingError: If a value is not finite or a file cannot be written; older ones are
+                whole.
         """
-        path = self.output.output_dir / file_name(self.output, point)
-        dtype = _DTYPES[self.output.save_precision or "float"]
-        with self.evaluation.final_weights():
-            state = self.assembly.adapter.state_dict()
-            tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
-            save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
-        self.files = [*(file for file in self.files if file != path), path]
-        logger.info("saved %s", path)
-        at_end = point.kind == "final" and self.output.save_state_on_train_end
-        if self.output.save_state or at_end or interrupted:
-            self._save_state(self.output.output_dir / state_name(self.output, point), step.step)
+        folder = self.output.output_dir
+        checkpoint = None
+        if point.network:
+            checkpoint = self._save_network(point, step)
+        if point.state:
+            self._save_state(folder / state_name(self.output, point), step.step)
         for gone in prune(self.output, point):
             self.files = [file for file in self.files if file != gone]
             if gone.is_dir():
                 shutil.rmtree(gone)
             else:
                 gone.unlink()
+        return checkpoint
+
+    def _save_network(self, point: SavePoint, step: StepResult) -> Checkpoint:
+        path = self.output.output_dir / file_name(self.output, point)
+        dtype = _DTYPES[self.output.save_precision or "float"]
+        with self.evaluation.final_weights():
+            state = self.assembly.adapter.state_dict()
+            needed = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
+            require_room(path.parent, needed, path.name)
+            tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
+            save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
+        self.files = [*(file for file in self.files if file != path), path]
+        logger.info("saved %s", path)
         return Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
 
     def restore(self, point: ResumePoint) -> None:
@@ -92,6 +104,11 @@ class Saver:
             UserError: If the state does not fit.
         """
         load_parameters(point.folder, self.assembly.parameters)
+        if self.prepared.config.training.reset_optimizer:
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            self._replay_schedule(point.manifest.step, rates)
+            logger.info("weights taken from %s; the optimizer starts afresh", point.folder)
+            return
         same_length = point.manifest.total == self.prepared.counts.total
         rates = [group["lr"] for group in self.optimizer.param_groups]
         load_optimizer(
@@ -133,4 +150,5 @@ class Saver:
             scheduler=self.scheduler,
             scaler=self.scaler,
         )
+        self.state_at = step
         logger.info("saved %s", folder)

@@ -1,30 +1,41 @@
-"""SIGINT and SIGTERM: finish the step, save, and leave with the exit code of the signal."""
+"""Signals: finish the step, save, and leave with the exit code of the signal; or save and go on."""
 
 from __future__ import annotations
 
 import logging
 import signal
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType, TracebackType
 
 logger = logging.getLogger(__name__)
 
+_STOP = (signal.SIGINT, signal.SIGTERM)
+_SAVE: tuple[signal.Signals, ...] = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 
-class StopSignals:
-    """Remember the first signal; let the second one end the process at once."""
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+class RunSignals:
+    """Remember what was signalled; a second signal to stop ends the process at once.
+
+    Only the main thread hears signals: in another one (a notebook's) this does nothing.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._save = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> RunSignals:
         """Start listening."""
-        for number in self._SIGNALS:
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOP:
+                self._previous[number] = signal.signal(number, self._stop)
+            for number in _SAVE:
+                self._previous[number] = signal.signal(number, self._ask_to_save)
         return self
 
     def __exit__(
@@ -42,7 +53,12 @@ class StopSignals:
         """128 and the number of the signal received, as shells count; 0 without one."""
         return 128 + self.received if self.received else 0
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def take_save_request(self) -> bool:
+        """Tell whether a save was asked for since the last time."""
+        asked, self._save = self._save, False
+        return asked
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.received:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -50,3 +66,39 @@ class StopSignals:
         logger.warning(
             "%s: finishing this step, then saving; once more to stop at once", self.received.name
         )
+
+    def _ask_to_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+        logger.info("%s: saving after this step, then going on", signal.Signals(number).name)
+
+
+class TimeIsUp(BaseException):
+    """A call took longer than it may. No ``Exception``, so that no library retries over it."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Break off what runs in the ``with`` block after ``seconds``; 0 means no limit.
+
+    Ends whatever waits in Python or in a system call: sockets, locks, sleep. Not code that holds
+    the interpreter. Works in the main thread of a POSIX system; elsewhere there is no limit.
+
+    Raises:
+        TimeIsUp: If it took longer.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not seconds or not main or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeIsUp
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    # Once more each second: a bare except in a library may swallow the first.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

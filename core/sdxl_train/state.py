@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
-from sdxl_train.checkpoint import sync_folder
+from sdxl_train.checkpoint import require_finite, sync_folder
+from sdxl_train.disk import require_room
 from sdxl_train.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -113,9 +114,13 @@ def save_state(
     """Write a state; a state of that name stays whole until the new one is.
 
     Raises:
-        TrainingError: If it cannot be written.
+        TrainingError: If a value is not finite, or it cannot be written.
     """
     tensors, plain = _split(optimizer.state_dict())
+    weights = {str(index): parameter for index, parameter in enumerate(parameters)}
+    require_finite({**{f"parameter {name}": t for name, t in weights.items()}, **tensors}, folder)
+    needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
+    require_room(folder.parent, needed, folder.name)
     details = {
         "optimizer": plain,
         "scheduler": _plain(scheduler.state_dict()),
@@ -124,7 +129,7 @@ def save_state(
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            _write_tensors(temporary / _PARAMETERS, {str(i): p for i, p in enumerate(parameters)})
+            _write_tensors(temporary / _PARAMETERS, weights)
             _write_tensors(temporary / _OPTIMIZER, tensors)
             _write_json(temporary / _DETAILS, details)
             _write_json(temporary / MANIFEST, asdict(manifest))

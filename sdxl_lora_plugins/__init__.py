@@ -95,7 +95,13 @@ def register_schedulers() -> dict[str, type[Scheduler]]:
 @hookimpl
 def register_timesteps() -> dict[str, type[Timesteps]]:
     """Give the timestep distributions."""
-    return {"uniform": timesteps.Uniform}
+    return {
+        "uniform": timesteps.Uniform,
+        "logit-normal": timesteps.LogitNormal,
+        "cosine": timesteps.Cosine,
+        "sigmoid": timesteps.Sigmoid,
+        "table": timesteps.Table,
+    }
 
 
 @hookimpl

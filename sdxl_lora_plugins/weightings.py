@@ -1,7 +1,12 @@
 """Weights of a sample's loss by its timestep.
 
-``SNR`` is ``abar_t / (1 - abar_t)``. A weight that a paper states for the error of the noise is
-times ``SNR / (SNR + 1)`` for the velocity, whose squared error is larger by the inverse.
+``SNR`` is ``abar_t / (1 - abar_t)`` on the schedule that the run trains on. A weight that a paper
+states for the error of the noise is times ``SNR / (SNR + 1)`` for the velocity, whose squared error
+is larger by the inverse.
+
+Where a weight says so, SNR is cut to between 1/1000 and 1000. sd-scripts has the upper end, so that
+the cleanest timesteps keep some weight. The lower one keeps weights finite on a schedule of zero
+terminal SNR; on SDXL's own, no timestep is so noisy.
 """
 
 from __future__ import annotations
@@ -15,10 +20,27 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train import NoiseSchedule, RunConfig, WeightFunction
+    from sdxl_train import NoiseSchedule, PredictionType, RunConfig, WeightFunction
 
 _MAX_SNR = 1000.0
-"""Where sd-scripts cuts the ratio, so that the cleanest timesteps keep some weight."""
+
+
+def _cut_snr(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
+    return schedule.snr(timesteps).clamp(1.0 / _MAX_SNR, _MAX_SNR)
+
+
+def _mismatch(name: str, config: RunConfig, *, needed: PredictionType) -> Iterator[Problem]:
+    """Refuse a weighting that is for models which predict something else, if that is known."""
+    if config.model.predicts() in (None, needed):
+        return
+    wanted, found = ("velocity", "noise") if needed == "v_prediction" else ("noise", "velocity")
+    given = config.is_set("v_parameterization")
+    model = config.place("v_parameterization" if given else "pretrained_model_name_or_path")
+    yield Problem(
+        place=config.place(name),
+        message=f"is for models that predict {wanted}; this one predicts {found} ({model})",
+        remedy=f"leave it out, or say otherwise with --v_parameterization {wanted == 'velocity'}",
+    )
 
 
 class MinSnr(Weighting):
@@ -35,11 +57,14 @@ class MinSnr(Weighting):
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function."""
-        offset = 1.0 if schedule.prediction_type == "v_prediction" else 0.0
+        gamma = self.min_snr_gamma
+        is_velocity = schedule.prediction_type == "v_prediction"
 
         def weight(timesteps: Tensor) -> Tensor:
             snr = schedule.snr(timesteps)
-            return snr.clamp(max=self.min_snr_gamma) / (snr + offset)
+            if is_velocity:
+                return snr.clamp(max=gamma) / (snr + 1.0)
+            return gamma / snr.clamp(min=gamma)  # the same as min(snr, gamma) / snr, also at 0
 
         return weight
 
@@ -47,7 +72,7 @@ class MinSnr(Weighting):
 class DebiasedEstimation(Weighting):
     """Debiased estimation: noisy timesteps count more (Yu et al. 2024, "Debias the Training").
 
-    ``1 / sqrt(SNR)`` for noise prediction, ``1 / (SNR + 1)`` for velocity; SNR at most 1000.
+    ``1 / sqrt(SNR)`` for noise prediction, ``1 / (SNR + 1)`` for velocity; SNR is cut.
     """
 
     debiased_estimation_loss: bool = Field(
@@ -63,7 +88,7 @@ class DebiasedEstimation(Weighting):
         is_velocity = schedule.prediction_type == "v_prediction"
 
         def weight(timesteps: Tensor) -> Tensor:
-            snr = schedule.snr(timesteps).clamp(max=_MAX_SNR)
+            snr = _cut_snr(schedule, timesteps)
             return 1.0 / (snr + 1.0) if is_velocity else snr.rsqrt()
 
         return weight
@@ -83,6 +108,10 @@ class ScaleVelocityLikeNoise(Weighting):
     def active(self) -> bool:
         """Tell whether there is any weighting."""
         return self.scale_v_pred_loss_like_noise_pred
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse a model that predicts the noise."""
+        yield from _mismatch("scale_v_pred_loss_like_noise_pred", config, needed="v_prediction")
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function.
@@ -107,7 +136,7 @@ class ScaleVelocityLikeNoise(Weighting):
 class VelocityLikeLoss(Weighting):
     """Adds a share of the velocity's error to that of the noise: ``1 + w (SNR + 1) / SNR``.
 
-    The inverse of ``scale-v-pred``, for models that predict the noise. SNR at most 1000.
+    The inverse of ``scale-v-pred``, for models that predict the noise. SNR is cut.
     """
 
     v_pred_like_loss: float = Field(
@@ -117,6 +146,10 @@ class VelocityLikeLoss(Weighting):
     def active(self) -> bool:
         """Tell whether there is any weighting."""
         return self.v_pred_like_loss > 0
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse a model that predicts velocity."""
+        yield from _mismatch("v_pred_like_loss", config, needed="epsilon")
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function.
@@ -133,7 +166,7 @@ class VelocityLikeLoss(Weighting):
             )
 
         def weight(timesteps: Tensor) -> Tensor:
-            snr = schedule.snr(timesteps).clamp(max=_MAX_SNR)
+            snr = _cut_snr(schedule, timesteps)
             return 1.0 + self.v_pred_like_loss * (snr + 1.0) / snr
 
         return weight

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.errors import Problem
     from sdxl_train.run import Run
-    from sdxl_train.schedule import NoiseSchedule
+    from sdxl_train.schedule import NoiseSchedule, PredictionType
 
 
 class OptionModel(BaseModel):
@@ -64,6 +64,13 @@ class Component(OptionModel):
         """Yield what is wrong with these options in this run, before any weights are read.
 
         May read headers of files. Must not import torch.
+        """
+        yield from ()
+
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Yield what these options do, or do not do, that their user may not expect.
+
+        Shown as warnings before the run. Must not import torch.
         """
         yield from ()
 
@@ -234,6 +241,10 @@ class Model(Component):
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
 
+    def predicts(self) -> PredictionType | None:
+        """Give what the denoiser predicts; None if that cannot be told before it is loaded."""
+        return None
+
     @abstractmethod
     def build(self, device: device | str, dtype: dtype) -> LoadedModel:
         """Load the model with its frozen weights in ``dtype`` on ``device``.
@@ -351,7 +362,7 @@ class Weighting(Component):
 
     @abstractmethod
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
-        """Build ``timesteps [B] -> weights [B]``, fp32, positive and finite."""
+        """Build ``timesteps [B] -> weights [B]``, fp32, finite and not negative."""
 
 
 class Observer(Component):

@@ -63,6 +63,7 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
     if config is not None:
         for component in config.components:
             problems.extend(component.check(config))
+            warnings.extend(component.remarks(config))
         problems.extend(_cross_checks(config))
         warnings.extend(_remarks(config))
     resume = _resume_point(config, scanned, problems) if config and scanned else None

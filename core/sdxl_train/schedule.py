@@ -24,10 +24,12 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: ``abar_t``, fp32 [T], strictly falling, within [0, 1).
         prediction_type: ``epsilon`` (the noise) or ``v_prediction`` (the velocity).
+        zero_terminal_snr: Whether the last ``abar_t`` is 0: a timestep of pure noise.
     """
 
     alphas_cumprod: Tensor
     prediction_type: PredictionType = "epsilon"
+    zero_terminal_snr: bool = False
 
     @classmethod
     def scaled_linear(
@@ -48,6 +50,17 @@ class NoiseSchedule:
     def num_timesteps(self) -> int:
         """Length T of the schedule."""
         return self.alphas_cumprod.shape[0]
+
+    def with_zero_terminal_snr(self) -> NoiseSchedule:
+        """Give the schedule shifted and scaled so that the last timestep is pure noise.
+
+        ``sqrt(abar)`` less its last value, times what keeps the first one (Lin et al. 2024,
+        "Common Diffusion Noise Schedules and Sample Steps are Flawed", algorithm 1).
+        """
+        root = self.alphas_cumprod.sqrt()
+        first, last = root[0], root[-1]
+        abar = ((root - last) * first / (first - last)).square()
+        return replace(self, alphas_cumprod=abar, zero_terminal_snr=True)
 
     def to(self, device: torch.device | str) -> NoiseSchedule:
         """Give the same schedule with its table on ``device``."""

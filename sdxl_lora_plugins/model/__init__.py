@@ -6,6 +6,8 @@ from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from sdxl_lora_plugins.model import sources
+from sdxl_lora_plugins.model.headers import BadFileError
+from sdxl_lora_plugins.model.prediction import Said, said_by
 from sdxl_train import Field, Model, Problem
 
 if TYPE_CHECKING:
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
     from sdxl_lora_plugins.model.headers import Fault
     from sdxl_lora_plugins.model.loaded import LoadedSdxl
-    from sdxl_train import RunConfig
+    from sdxl_train import PredictionType, RunConfig
 
 __all__ = ["Sdxl"]
 
@@ -38,8 +40,13 @@ class Sdxl(Model):
     no_half_vae: bool = Field(
         False, description="Insist on the VAE in fp32, which is the default; for sd-scripts users."
     )
-    v_parameterization: bool = Field(
-        False, description="The model predicts v. Without this, the model's own marks decide."
+    v_parameterization: bool | None = Field(
+        None, description="The model predicts velocity. Default: as the model says of itself."
+    )
+    zero_terminal_snr: bool | None = Field(
+        None,
+        description="Train on a noise schedule whose last timestep is pure noise. Default: as the "
+        "model says of itself.",
     )
     tokenizer_cache_dir: Path | None = Field(
         None,
@@ -104,6 +111,69 @@ class Sdxl(Model):
                 remedy=f"drop it, or {config.place('vae_dtype')}",
             )
         yield from self._check_training(config)
+
+    def predicts(self) -> PredictionType | None:
+        """Give what the U-Net predicts: by the option, else by what the model says of itself."""
+        return self.prediction_type(said) if (said := self._said()) is not None else None
+
+    def prediction_type(self, said: Said) -> PredictionType:
+        """Choose what the U-Net predicts, knowing what the model says of itself."""
+        if self.v_parameterization is None:
+            return said.prediction_type or "epsilon"
+        return "v_prediction" if self.v_parameterization else "epsilon"
+
+    def has_zero_terminal_snr(self, said: Said) -> bool:
+        """Choose the noise schedule, knowing what the model says of itself."""
+        if self.zero_terminal_snr is None:
+            return said.zero_terminal_snr
+        return self.zero_terminal_snr
+
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Yield where the options and the model's own word differ, and what has no effect."""
+        yield from self._idle_rates(config)
+        said = self._said()
+        if said is None:
+            return
+        chosen = self.prediction_type(said)
+        if said.prediction_type not in (None, chosen):
+            yield (
+                f"{config.place('v_parameterization')} trains {chosen}, but "
+                f"{said.prediction_place} says {said.prediction_type}"
+            )
+        if self.zero_terminal_snr is False and said.zero_terminal_snr:
+            yield (
+                f"{config.place('zero_terminal_snr')} = false, but the model was made for zero "
+                f"terminal SNR ({said.schedule_place})"
+            )
+        if self.has_zero_terminal_snr(said) and chosen == "epsilon":
+            yield (
+                f"{config.place('zero_terminal_snr')} is meant for models that predict velocity: "
+                f"from pure noise, the last timestep, there is nothing to learn about noise; add "
+                f"{config.place('v_parameterization')} if this one predicts velocity"
+            )
+
+    def _said(self) -> Said | None:
+        """Read what the model says of itself; None where it cannot be read here and now."""
+        source = sources.locate(self.pretrained_model_name_or_path)
+        try:
+            return None if source.path is None else said_by(source)
+        except BadFileError:  # a problem of its own, which `check` reports
+            return None
+
+    def _idle_rates(self, config: RunConfig) -> Iterator[str]:
+        """Name the rates that a flag makes idle: sd-scripts' users keep them in their commands."""
+        idle: dict[str, tuple[str, ...]] = {
+            "network_train_unet_only": (
+                "text_encoder_lr",
+                "text_encoder_lr1",
+                "text_encoder_lr2",
+            ),
+            "network_train_text_encoder_only": ("unet_lr",),
+        }
+        for flag, names in idle.items():
+            for name in names:
+                if getattr(self, flag) and getattr(self, name):
+                    yield f"{config.place(name)} has no effect: {config.place(flag)} is set"
 
     def build(self, device: device | str, dtype: dtype) -> LoadedSdxl:
         """Load the model with its frozen weights in ``dtype``, the VAE in ``vae_dtype``.

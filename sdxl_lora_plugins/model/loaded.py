@@ -12,7 +12,7 @@ from torch import nn
 
 from sdxl_lora_plugins.model import configs, names, text
 from sdxl_lora_plugins.model.hashes import full_hash, short_hash
-from sdxl_train import NoiseSchedule, Part
+from sdxl_train import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    from sdxl_train import PredictionType
+    from sdxl_train import NoiseSchedule
 
 UNET_GROUP: Final = "unet"
 TEXT_GROUP: Final = "textencoder"
@@ -63,7 +63,7 @@ class LoadedSdxl:
         modules: The networks, frozen.
         rates: Learning rate by part (``unet``, ``te1``, ``te2``) for those that are adapted; None
             stands for the optimizer's.
-        prediction_type: What the U-Net predicts.
+        schedule: How the U-Net was trained: its noise, and what it predicts.
         num_chunks: Chunks of 75 tokens that a caption may fill.
         latent_scaling: Factor from the VAE's latents to the U-Net's.
         origins: Where the weights came from.
@@ -75,7 +75,7 @@ class LoadedSdxl:
         modules: Modules,
         *,
         rates: Mapping[str, float | None],
-        prediction_type: PredictionType,
+        schedule: NoiseSchedule,
         num_chunks: int,
         latent_scaling: float,
         origins: Origins,
@@ -83,7 +83,7 @@ class LoadedSdxl:
     ) -> None:
         self.denoiser: nn.Module = modules.unet
         self.text_encoders: tuple[nn.Module, ...] = (modules.te1, modules.te2)
-        self.schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type).to(device)
+        self.schedule = schedule.to(device)
         self.latent_scale = 2 ** (len(modules.vae.config["block_out_channels"]) - 1)
         self.latent_scaling = latent_scaling
         self.tokenizers = modules.tokenizers
@@ -166,6 +166,7 @@ class LoadedSdxl:
             "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
             "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
             "modelspec.prediction_type": "v" if is_v else "epsilon",
+            "ss_zero_terminal_snr": str(self.schedule.zero_terminal_snr),
             **self._origin_metadata,
         }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -16,19 +15,20 @@ from sdxl_lora_plugins.model import folder as folders
 from sdxl_lora_plugins.model import hub
 from sdxl_lora_plugins.model.checkpoint import Checkpoint
 from sdxl_lora_plugins.model.configs import LATENT_SCALING
-from sdxl_lora_plugins.model.headers import read_header
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
+from sdxl_lora_plugins.model.prediction import said_by
 from sdxl_lora_plugins.model.sources import (
     PARTS,
     Source,
     base_faults,
     locate,
+    read_json,
     vae_faults,
     vae_folder,
 )
 from sdxl_lora_plugins.model.text import CHUNK_TOKENS
 from sdxl_lora_plugins.model.tokenizer import load_tokenizers
-from sdxl_train import Problem, UserError
+from sdxl_train import NoiseSchedule, Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
     from sdxl_lora_plugins.model import Sdxl
     from sdxl_lora_plugins.model.headers import Fault
-    from sdxl_train import PredictionType
 
 _log = logging.getLogger(__name__)
 
@@ -58,12 +57,11 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
     else:
         modules, scaling = _load_folder(options, base, vae_source, device, dtype)
     rates = options.rates()
-    _warn_of_unused_rates(options)
     _prepare(options, modules, rates.keys())
     return LoadedSdxl(
         modules,
         rates=rates,
-        prediction_type=_prediction_type(options, base),
+        schedule=_schedule(options, base),
         num_chunks=(options.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
         latent_scaling=scaling,
         origins=Origins(
@@ -154,7 +152,7 @@ def _load_folder(
         tokenizers=load_tokenizers(base.path, options.tokenizer_cache_dir),
     )
     # The U-Net was trained on latents of this scale, whichever VAE makes them now.
-    config = _read_config(base.path / "vae" / "config.json")
+    config = read_json(base.path / "vae" / "config.json")
     return modules, float(config.get("scaling_factor", LATENT_SCALING))
 
 
@@ -184,21 +182,6 @@ def _prepare(options: Sdxl, modules: Modules, trained: Iterable[str]) -> None:
                 encoder.train()
 
 
-def _warn_of_unused_rates(options: Sdxl) -> None:
-    """Name the rates that a flag makes idle: sd-scripts' users keep them in their commands."""
-    excluded: list[tuple[str, str]] = []
-    if options.network_train_unet_only:
-        excluded += [
-            (name, "network_train_unet_only")
-            for name in ("text_encoder_lr", "text_encoder_lr1", "text_encoder_lr2")
-        ]
-    if options.network_train_text_encoder_only:
-        excluded.append(("unet_lr", "network_train_text_encoder_only"))
-    for name, flag in excluded:
-        if getattr(options, name):
-            _log.warning("%s has no effect: %s is set", name, flag)
-
-
 def _checkpoint_layers(encoder: nn.Module) -> None:
     """Recompute each layer in the backward pass (the protocol of GradientCheckpointingLayer)."""
     for module in encoder.modules():
@@ -208,46 +191,19 @@ def _checkpoint_layers(encoder: nn.Module) -> None:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def _prediction_type(options: Sdxl, base: Source) -> PredictionType:
-    """Choose what the U-Net predicts: by the flag, else by what the model says of itself."""
-    said, where = _said_prediction_type(base)
-    if options.v_parameterization:
-        if said == "epsilon":
-            _log.warning("--v_parameterization trains v-prediction, but %s says epsilon", where)
-        _log.info("prediction type: v_prediction (--v_parameterization)")
-        return "v_prediction"
-    _log.info("prediction type: %s (%s)", said or "epsilon", where or "default of SDXL")
-    return said or "epsilon"
-
-
-def _said_prediction_type(base: Source) -> tuple[PredictionType | None, str]:
-    """Read the prediction type off a model, and where it stands there."""
-    assert base.path is not None
-    if base.kind != "file":
-        config = _read_config(base.path / "scheduler" / "scheduler_config.json")
-        if config.get("rescale_betas_zero_snr"):
-            _warn_of_zero_snr("its scheduler_config.json")
-        said = config.get("prediction_type")
-        where = "scheduler_config.json" if said in ("epsilon", "v_prediction") else ""
-        return (said if where else None), where
-    header = read_header(base.path)
-    if "ztsnr" in header.shapes:
-        _warn_of_zero_snr("its marker ztsnr")
-    if "v_pred" in header.shapes:
-        return "v_prediction", "the marker v_pred"
-    said = header.metadata.get("modelspec.prediction_type", "")
-    types: dict[str, PredictionType] = {
-        "v": "v_prediction",
-        "v_prediction": "v_prediction",
-        "epsilon": "epsilon",
-    }
-    return types.get(said), "its metadata" if said in types else ""
-
-
-def _warn_of_zero_snr(where: str) -> None:
-    _log.warning(
-        "the model was made for zero terminal SNR (%s); it is not applied in this run", where
-    )
+def _schedule(options: Sdxl, base: Source) -> NoiseSchedule:
+    """Make the noise schedule: by the options, else by what the model says of itself."""
+    said = said_by(base)
+    schedule = NoiseSchedule.scaled_linear(prediction_type=options.prediction_type(said))
+    where = "--v_parameterization"
+    if options.v_parameterization is None:
+        where = said.prediction_place or "default of SDXL"
+    _log.info("the model predicts %s (%s)", schedule.prediction_type, where)
+    if not options.has_zero_terminal_snr(said):
+        return schedule
+    where = said.schedule_place if options.zero_terminal_snr is None else "--zero_terminal_snr"
+    _log.info("noise schedule of zero terminal SNR (%s)", where)
+    return schedule.with_zero_terminal_snr()
 
 
 def _attention(options: Sdxl) -> str:
@@ -263,9 +219,3 @@ def _public_name(source: Source) -> str:
     if source.kind == "hub":
         return source.name
     return Path(source.name).name
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))

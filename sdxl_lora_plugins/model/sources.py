@@ -99,7 +99,7 @@ def vae_folder(folder: Path) -> Path | None:
     inner = folder / "vae"
     if (inner / "config.json").is_file():
         return inner
-    is_vae = _read_json(folder / "config.json").get("_class_name") == "AutoencoderKL"
+    is_vae = read_json(folder / "config.json").get("_class_name") == "AutoencoderKL"
     return folder if is_vae else None
 
 
@@ -182,12 +182,13 @@ def _base_folder_faults(folder: Path, *, vae_given: bool) -> Iterator[Fault]:
                 message=f"{folder.name} lacks its {title}: there is no {subfolder}/config.json",
                 remedy="give one with --vae" if subfolder == "vae" else _COMPLETE,
             )
+    read_json(folder / "scheduler" / "scheduler_config.json")  # raises if it is no JSON
 
 
 def _other_kind_of_folder(folder: Path) -> str | None:
     """Say what a diffusers folder holds, if not the SDXL base model."""
-    index = _read_json(folder / "model_index.json")
-    unet = _read_json(folder / "unet" / "config.json")
+    index = read_json(folder / "model_index.json")
+    unet = read_json(folder / "unet" / "config.json")
     pipeline = index.get("_class_name", "an unknown pipeline")
     if not unet:
         return None if "XL" in pipeline else f"{pipeline}, which has no U-Net"
@@ -220,7 +221,7 @@ def _weights_faults(folder: Path, title: str, stem: str) -> Iterator[Fault]:
             yield Fault(message=f"{title}: {error.fault.message}", remedy=error.fault.remedy)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a configuration; an absent file is an empty one."""
     if not path.is_file():
         return {}

@@ -17,6 +17,7 @@ from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
 from sdxl_lora_plugins.optimizers import AdamW
+from sdxl_train import NoiseSchedule
 from sdxl_train.assembly import Assembly, assemble
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def attach_full_size(full_size_modules: Modules) -> Callable[..., Assembly]:
         model = LoadedSdxl(
             full_size_modules,
             rates=component.rates(),
-            prediction_type="epsilon",
+            schedule=NoiseSchedule.scaled_linear(),
             num_chunks=1,
             latent_scaling=0.13025,
             origins=Origins(model=None, model_name="sdxl"),

@@ -108,6 +108,30 @@ def test_target_of_epsilon_is_the_noise(schedule: NoiseSchedule) -> None:
     assert schedule.target(latents, noise, torch.tensor([0, 417, 999])) is noise
 
 
+def test_zero_terminal_snr_equals_that_of_diffusers(schedule: NoiseSchedule) -> None:
+    ours = schedule.with_zero_terminal_snr()
+    theirs = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        rescale_betas_zero_snr=True,
+    ).alphas_cumprod
+    torch.testing.assert_close(ours.alphas_cumprod, theirs, rtol=1e-4, atol=1e-7)
+    assert ours.zero_terminal_snr
+    assert not schedule.zero_terminal_snr
+    assert ours.alphas_cumprod[0] == pytest.approx(float(schedule.alphas_cumprod[0]))
+
+
+def test_last_timestep_of_zero_terminal_snr_is_pure_noise(
+    velocity_schedule: NoiseSchedule,
+) -> None:
+    schedule = velocity_schedule.with_zero_terminal_snr()
+    latents, noise = torch.randn(2, 1, 4, 6, 5, generator=generator())
+    last = torch.tensor([999])
+    assert torch.equal(schedule.add_noise(latents, noise, last), noise)
+    assert torch.equal(schedule.target(latents, noise, last), -latents)
+
+
 # ----------------------------------------------------------------------------------- weightings
 
 

@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_plugins.model import hub
+from sdxl_lora_plugins.model import Sdxl, hub
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
 from sdxl_train import UserError
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train import RunConfig
 
 CAPTIONS = ["a cat", "1girl, solo, (smile:1.2), it's a long caption with UPPER case"]
 
@@ -352,20 +353,46 @@ def test_prediction_type_comes_from_the_model(
     folder = write_tiny_sdxl(tmp_path / "folder", prediction_type="v_prediction")
     assert load_sdxl(tiny_file, "meta").schedule.prediction_type == "epsilon"
     for name, where in (
-        ("marker.safetensors", "the marker v_pred"),
+        ("marker.safetensors", "its marker v_pred"),
         ("v.safetensors", "its metadata"),
-        (folder.name, "scheduler_config.json"),
+        (folder.name, "its scheduler_config.json"),
     ):
         caplog.clear()
         model = load_sdxl(tmp_path / name, "meta")
         assert model.schedule.prediction_type == "v_prediction"
-        assert f"prediction type: v_prediction ({where})" in caplog.messages
-        assert ("zero terminal SNR" in caplog.text) == name.startswith("marker")
+        assert f"the model predicts v_prediction ({where})" in caplog.messages
+        assert model.schedule.zero_terminal_snr == name.startswith("marker")
         assert model.metadata()["modelspec.prediction_type"] == "v"
-    caplog.clear()
-    model = load_sdxl(tmp_path / "eps.safetensors", "meta", v_parameterization=True)
-    assert model.schedule.prediction_type == "v_prediction"
-    assert "its metadata says epsilon" in caplog.text
+        assert model.metadata()["ss_zero_terminal_snr"] == str(name.startswith("marker"))
+
+
+def test_options_win_over_what_the_model_says(
+    tmp_path: Path, tiny_file: Path, run_config: Callable[..., RunConfig]
+) -> None:
+    marked = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    said_v, said_nothing = tmp_path / "v.safetensors", tiny_file
+    save_file({**load_file(tiny_file), **marked}, said_v)
+
+    def chosen(path: Path, **options: Any) -> tuple[str, bool, list[str]]:
+        model = Sdxl(pretrained_model_name_or_path=str(path), **options)
+        schedule = model.build("meta", torch.float32).schedule
+        assert model.predicts() == schedule.prediction_type
+        remarks = list(model.remarks(run_config(model)))
+        return schedule.prediction_type, schedule.zero_terminal_snr, remarks
+
+    assert chosen(said_v) == ("v_prediction", True, [])
+    assert chosen(said_nothing) == ("epsilon", False, [])
+    assert chosen(said_nothing, v_parameterization=True, zero_terminal_snr=True) == (
+        "v_prediction",
+        True,
+        [],
+    )
+    prediction, zero, remarks = chosen(said_v, v_parameterization=False, zero_terminal_snr=False)
+    assert (prediction, zero) == ("epsilon", False)
+    assert "its marker v_pred says v_prediction" in remarks[0]
+    assert "its marker ztsnr" in remarks[1]
+    _, _, (remark,) = chosen(said_nothing, zero_terminal_snr=True)
+    assert "--zero_terminal_snr is meant for models that predict velocity" in remark
 
 
 def test_v_target_is_the_velocity(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> None:

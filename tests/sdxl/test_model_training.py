@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from sdxl_lora_plugins.model import Sdxl
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    import pytest
-
     from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train import RunConfig
 
 
 def gradients(model: LoadedSdxl, sizes: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -117,11 +117,15 @@ def test_every_layer_has_a_name_in_files(
 
 
 def test_rates_without_effect_are_named(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], caplog: pytest.LogCaptureFixture
+    tiny_file: Path, run_config: Callable[..., RunConfig]
 ) -> None:
-    caplog.set_level(logging.WARNING)
-    load_sdxl(tiny_file, "meta", network_train_unet_only=True, text_encoder_lr=[1e-5])
-    assert caplog.messages == ["text_encoder_lr has no effect: network_train_unet_only is set"]
+    model = Sdxl(
+        pretrained_model_name_or_path=str(tiny_file),
+        network_train_unet_only=True,
+        text_encoder_lr=[1e-5],
+    )
+    (remark,) = model.remarks(run_config(model))
+    assert remark == "--text_encoder_lr has no effect: --network_train_unet_only is set"
 
 
 def test_released_encoders_are_freed(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> None:
@@ -160,6 +164,7 @@ def test_metadata_names_and_hashes_the_base(
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.prediction_type": "epsilon",
+        "ss_zero_terminal_snr": "False",
     }
     of_folder = load_sdxl(tiny_folder, "meta").metadata()
     assert of_folder["ss_sd_model_name"] == "folder"

@@ -66,20 +66,48 @@ def test_p2_weights_follow_their_formula(gamma: float, k: float) -> None:
     assert weights(p2, "v_prediction", GOLDEN_TIMESTEPS) == pytest.approx(velocity, rel=1e-5)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("min-snr", {"min_snr_gamma": 5}),
-        ("debiased-estimation", {"debiased_estimation_loss": True}),
-        ("p2", {"p2_gamma": 1}),
-    ],
-)
+ALL_CASES: list[tuple[str, dict[str, Any], PredictionType]] = [
+    ("min-snr", {"min_snr_gamma": 5}, "epsilon"),
+    ("min-snr", {"min_snr_gamma": 5}, "v_prediction"),
+    ("debiased-estimation", {"debiased_estimation_loss": True}, "epsilon"),
+    ("debiased-estimation", {"debiased_estimation_loss": True}, "v_prediction"),
+    ("scale-v-pred", {"scale_v_pred_loss_like_noise_pred": True}, "v_prediction"),
+    ("v-pred-like", {"v_pred_like_loss": 1}, "epsilon"),
+    ("p2", {"p2_gamma": 1}, "epsilon"),
+    ("p2", {"p2_gamma": 1}, "v_prediction"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "prediction_type"), ALL_CASES)
 def test_weights_are_positive_and_finite_everywhere(
     name: str, options: dict[str, Any], prediction_type: PredictionType
 ) -> None:
     found = weights(WEIGHTINGS[name](**options), prediction_type, torch.arange(1000))
     assert all(0 < weight < float("inf") for weight in found)
+
+
+@pytest.mark.parametrize(("name", "options", "prediction_type"), ALL_CASES)
+def test_weights_stay_finite_with_zero_terminal_snr(
+    name: str, options: dict[str, Any], prediction_type: PredictionType
+) -> None:
+    schedule = NoiseSchedule.scaled_linear(prediction_type=prediction_type)
+    weight = WEIGHTINGS[name](**options).build(schedule.with_zero_terminal_snr())
+    found = weight(torch.arange(1000))
+    assert bool(torch.isfinite(found).all())
+    assert bool((found[:-1] > 0).all())
+    assert bool(found[-1] >= 0)
+
+
+def test_weights_are_those_of_the_schedule_that_is_trained_on() -> None:
+    """sd-scripts computes them before it changes the schedule."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type="v_prediction").with_zero_terminal_snr()
+    timesteps = torch.tensor([500, 990, 999])
+    abar = schedule.alphas_cumprod[timesteps].double().tolist()
+    snr = [a / (1 - a) for a in abar]
+    min_snr = WEIGHTINGS["min-snr"](min_snr_gamma=5).build(schedule)(timesteps)
+    expected = [min(ratio, 5) / (ratio + 1) for ratio in snr]
+    assert min_snr.tolist() == pytest.approx(expected, rel=1e-4)
+    assert min_snr[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -23,6 +24,14 @@ _MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library accepts; the header of full-size SDXL has 0.3 MB."""
 
 _NUM_SHOWN = 5
+
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Size of a number of each dtype of the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +52,11 @@ class BadFileError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a safetensors file says about itself."""
+    """What a safetensors file says about itself; dtypes are named as in the file (``F16``)."""
 
     path: Path
     shapes: Shapes
+    dtypes: Mapping[str, str]
     metadata: Mapping[str, str]
 
 
@@ -71,7 +81,7 @@ def _read(path: Path, size: int, _modified: int) -> Header:
         raise BadFileError(f"{path.name} is empty (0 bytes)", "download it again")
     with path.open("rb") as file:
         start = file.read(512)
-        _refuse_other_formats(path, start)
+        refuse_other_formats(path, start)
         length = int.from_bytes(start[:_LENGTH_BYTES], "little")
         if size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or start[8:9] not in (b"{", b""):
             raise BadFileError(f"{path.name} is not a safetensors file: its first bytes are noise")
@@ -80,22 +90,49 @@ def _read(path: Path, size: int, _modified: int) -> Header:
     if len(raw) < length:
         raise _truncated(path, declared=_LENGTH_BYTES + length, size=size)
     try:
-        entries = json.loads(raw)
-    except ValueError as error:
+        content = json.loads(raw)
+        metadata = dict(content.pop("__metadata__", None) or {})
+        entries = {name: _Entry(**entry) for name, entry in content.items()}
+        end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
+        misfit = next((name for name, entry in entries.items() if not entry.fits()), None)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise BadFileError(
             f"{path.name} has a damaged safetensors header", "download it again"
         ) from error
-    metadata = entries.pop("__metadata__", None) or {}
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if (declared := _LENGTH_BYTES + length + end) != size:
         raise _truncated(path, declared=declared, size=size)
-    shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    return Header(path=path, shapes=shapes, metadata=metadata)
+    if misfit is not None:
+        raise BadFileError(
+            f"{path.name} has a damaged safetensors header: the shape and the bytes of {misfit} do "
+            "not fit together",
+            "download it again",
+        )
+    return Header(
+        path=path,
+        shapes={name: tuple(entry.shape) for name, entry in entries.items()},
+        dtypes={name: entry.dtype for name, entry in entries.items()},
+        metadata={str(name): str(text) for name, text in metadata.items()},
+    )
 
 
-def counted(names: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class _Entry:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+    def fits(self) -> bool:
+        """Tell whether the bytes are as many as the shape needs, for dtypes that are known."""
+        start, end = self.data_offsets
+        bits = _BITS.get(self.dtype)
+        return start >= 0 and (bits is None or (end - start) * 8 == prod(self.shape) * bits)
+
+
+def counted(names: Sequence[str], noun: str = "tensor") -> str:
     """Give the number of tensors and the first five names: ``2 tensors: a, b``."""
-    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    count = f"1 {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
     more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
     return f"{count}: {', '.join(names[:_NUM_SHOWN])}{more}"
 
@@ -108,8 +145,17 @@ def _truncated(path: Path, *, declared: int, size: int) -> BadFileError:
     )
 
 
-def _refuse_other_formats(path: Path, start: bytes) -> None:
-    """Raise for the formats that are found under the name of a weight file."""
+def refuse_other_formats(path: Path, start: bytes, *, pickles: bool = True) -> None:
+    """Raise for the formats that are found under the name of a weight file.
+
+    Args:
+        path: The file.
+        start: Its first 512 bytes.
+        pickles: Whether pickles are among what is refused.
+
+    Raises:
+        BadFileError: If it is one of them.
+    """
     # Text follows only where a safetensors file has eight bytes of length, so look at all of them.
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
@@ -121,6 +167,8 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         raise BadFileError(f"{path.name} is a Git LFS pointer, not weights", "run `git lfs pull`")
     if text.startswith(b'{"'):
         raise BadFileError(f"{path.name} is a JSON file, not weights")
+    if not pickles:
+        return
     # A zip is what torch.save writes; older versions wrote a bare pickle of protocol 2 or later.
     is_pickle = start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
     if is_pickle and start[8:9] != b"{":

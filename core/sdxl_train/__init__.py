@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Adapter,
         Command,
         Component,
+        LimitedAdapter,
         LoadedModel,
         Loss,
         LossFunction,
@@ -42,9 +43,11 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
     from sdxl_train.hookspecs import hookimpl
+    from sdxl_train.libraries import quiet
     from sdxl_train.loop import StepResult
     from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
+    from sdxl_train.weights import limit_norms, require_fit
 
 _HOMES = {
     "Field": "pydantic",
@@ -61,6 +64,9 @@ _HOMES = {
     "SdxlTrainError": "sdxl_train.errors",
     "TrainingError": "sdxl_train.errors",
     "UserError": "sdxl_train.errors",
+    "limit_norms": "sdxl_train.weights",
+    "quiet": "sdxl_train.libraries",
+    "require_fit": "sdxl_train.weights",
 }
 
 __all__ = [
@@ -69,6 +75,7 @@ __all__ = [
     "Command",
     "Component",
     "Field",
+    "LimitedAdapter",
     "LoadedModel",
     "Loss",
     "LossFunction",
@@ -98,7 +105,10 @@ __all__ = [
     "Weighting",
     "__version__",
     "hookimpl",
+    "limit_norms",
     "plan",
+    "quiet",
+    "require_fit",
     "train",
 ]
 

@@ -13,7 +13,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeAlias,
+    runtime_checkable,
+)
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -215,6 +224,18 @@ class Adapter(Protocol):
 
     def detach(self) -> None:
         """Give the model back as it was before ``build``."""
+
+
+@runtime_checkable
+class LimitedAdapter(Protocol):
+    """What an :class:`Adapter` has beside if its weights are to stay within bounds."""
+
+    def limit_weights(self) -> Mapping[str, Tensor]:
+        """Bring the weights back within their bounds; called after each optimizer step.
+
+        Returns:
+            What to log of it, by name: tensors without dimensions, on the device.
+        """
 
 
 TimestepSampler: TypeAlias = "Callable[[int, Generator], LongTensor]"

@@ -52,6 +52,7 @@ class StepResult:
         learning_rates: The rate of each optimizer group in this step, by name.
         keys: Short names of the images of this step.
         skipped: The gradient scaler left the weights as they were (fp16 overflow).
+        metrics: What else there is to log, by name: tensors without dimensions on the device.
     """
 
     step: int
@@ -61,6 +62,7 @@ class StepResult:
     learning_rates: Mapping[str, float]
     keys: tuple[str, ...]
     skipped: bool = False
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 MAX_SKIPPED_IN_A_ROW = 25
@@ -86,6 +88,7 @@ class Step:
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     backward: Callable[[Tensor], None] = torch.Tensor.backward
     clip: Callable[[], Tensor]
+    limit_weights: Callable[[], Mapping[str, Tensor]] = dict
     optimizer: Optimizer
     scheduler: LRScheduler
     was_skipped: Callable[[], bool] | None = None
@@ -120,6 +123,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         step.updating = True
         step.optimizer.step()
         step.scheduler.step()
+        metrics = step.limit_weights()
         step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
         skipped = step.was_skipped is not None and step.was_skipped()
@@ -138,6 +142,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
             learning_rates=rates,
             keys=tuple(key for batch in group.batches for key in batch.keys),
             skipped=skipped,
+            metrics=metrics,
         )
 
 

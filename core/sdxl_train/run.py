@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
+from sdxl_train.components import LimitedAdapter
 from sdxl_train.counts import with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.earlier import clear_the_way, sole_writer
@@ -263,7 +264,7 @@ class Trainer:
         self.saver.restore(point)
 
     def _build_step(self, device: torch.device) -> Step:
-        config, model = self.config, self.model
+        config, model, adapter = self.config, self.model, self.assembly.adapter
         schedule = model.schedule
         return Step(
             timesteps=config.timesteps.build(schedule),
@@ -271,7 +272,7 @@ class Trainer:
             input_noises=[n.build(schedule) for n in config.noises if n.phase == "input"],
             add_noise=schedule.add_noise,
             condition=self._condition,
-            prepare_step=self.assembly.adapter.prepare_step,
+            prepare_step=adapter.prepare_step,
             predict=model.predict,
             target=model.target,
             loss=config.loss.build(schedule),
@@ -280,6 +281,7 @@ class Trainer:
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,
             clip=self._clip,
+            limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             was_skipped=self._was_skipped if self.accelerator.scaler else None,

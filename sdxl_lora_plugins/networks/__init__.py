@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_lora_plugins.networks.blocks import (
-    BLOCKS,
-    NUM_DOWN,
-    NUM_MID,
-    BlockAlphas,
-    BlockRanks,
-    NineFactors,
-    ThreeFactors,
+from sdxl_lora_plugins.networks.block_network import (
+    CONVOLUTION_RANKS,
+    RANKS_BY_BLOCK,
+    BlockNetwork,
 )
 from sdxl_train import Field, Network, Problem
 
@@ -22,143 +18,6 @@ if TYPE_CHECKING:
     from sdxl_train import Adapter, LoadedModel, RunConfig
 
 __all__ = ["BlockNetwork", "Locon", "Lokr", "Lora"]
-
-DEFAULT_RANK = 4
-"""sd-scripts' rank where none is given."""
-RATES_BY_BLOCK = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
-
-
-class BlockNetwork(Network):
-    """What the networks have in common: which layers, and how by block. Not a network itself.
-
-    Options by block are about the U-Net; text encoders have ``network_dim`` and ``network_alpha``.
-    """
-
-    convolutional: ClassVar[bool] = False
-    """Whether convolutions are adapted unless ``conv_dim`` is 0, or only if it is given."""
-
-    conv_dim: int | None = Field(
-        None,
-        ge=0,
-        description="Rank of convolutions larger than 1x1; other layers of resnets then have "
-        "network_dim. 0 leaves all of these out. Default: for lora 0, else network_dim.",
-    )
-    conv_alpha: float | None = Field(
-        None,
-        ge=0,
-        description="Their alpha; 0 means their rank. Default: for lora 1, else network_alpha.",
-    )
-    rank_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability of dropping a whole rank (lokr: an output)."
-    )
-    module_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability of leaving a layer unadapted for a step."
-    )
-    block_dims: BlockRanks | None = Field(
-        None, description="Rank of each of the 23 blocks of the U-Net; 0 leaves a block out."
-    )
-    block_alphas: BlockAlphas | None = Field(
-        None, description="Alpha of each of the 23 blocks; 0 means the rank."
-    )
-    conv_block_dims: BlockRanks | None = Field(
-        None, description="Like block_dims, for convolutions larger than 1x1."
-    )
-    conv_block_alphas: BlockAlphas | None = Field(
-        None, description="Like block_alphas, for convolutions larger than 1x1."
-    )
-    down_lr_weight: NineFactors | None = Field(
-        None,
-        description="Factors of the learning rate for the 9 blocks down: numbers, missing ones "
-        "are 1, or cosine, sine, linear, reverse_linear or zeros, with +X to add to all. "
-        "0 leaves a block out.",
-    )
-    mid_lr_weight: ThreeFactors | None = Field(
-        None, description="Factors for the 3 blocks in the middle: numbers, missing ones are 1."
-    )
-    up_lr_weight: NineFactors | None = Field(
-        None, description="Factors for the 9 blocks up, as in down_lr_weight."
-    )
-    block_lr_zero_threshold: float = Field(
-        0.0, ge=0, description="Factors up to this one count as 0."
-    )
-
-    @property
-    def rank(self) -> int:
-        """Rank where nothing else is said."""
-        return self.network_dim or DEFAULT_RANK
-
-    @property
-    def conv_rank(self) -> int:
-        """Rank of larger convolutions where nothing else is said; 0 leaves them out."""
-        if self.conv_dim is None:
-            return self.rank if self.convolutional else 0
-        return self.conv_dim
-
-    @property
-    def adapts_convolutions(self) -> bool:
-        """Whether resnets, downsamplers and upsamplers are adapted."""
-        return bool(self.conv_rank or any(self.conv_block_dims or ()))
-
-    @property
-    def has_lr_by_block(self) -> bool:
-        """Whether blocks have learning rates of their own."""
-        return any(getattr(self, name) is not None for name in RATES_BY_BLOCK)
-
-    def rank_and_alpha(self, block: int | None, *, has_kernel: bool) -> tuple[int, float]:
-        """Give rank, 0 for none, and alpha, 0 for the rank, of a layer.
-
-        Args:
-            block: Index of its block of the U-Net; None for text encoders.
-            has_kernel: Whether it is a convolution larger than 1x1.
-        """
-        ranks, alphas = self.block_dims, self.block_alphas
-        rank, alpha = self.rank, self.network_alpha
-        if has_kernel:
-            ranks, alphas, rank = self.conv_block_dims, self.conv_block_alphas, self.conv_rank
-            default = self.network_alpha if self.convolutional else 1.0
-            alpha = default if self.conv_alpha is None else self.conv_alpha
-        if block is None:
-            return rank, alpha
-        return (ranks[block] if ranks else rank, alphas[block] if alphas else alpha)
-
-    def lr_factor(self, block: int | None) -> float:
-        """Give the factor of the learning rate of a block; 0 leaves it out."""
-        if block is None or block in (0, len(BLOCKS) - 1):
-            return 1.0
-        first_up = 1 + NUM_DOWN + NUM_MID
-        if block < 1 + NUM_DOWN:
-            factors, position = self.down_lr_weight, block - 1
-        elif block < first_up:
-            factors, position = self.mid_lr_weight, block - 1 - NUM_DOWN
-        else:
-            factors, position = self.up_lr_weight, block - first_up
-        factor = factors[position] if factors else 1.0
-        return 0.0 if factor <= self.block_lr_zero_threshold else factor
-
-    def plus_ratio(self, *, is_denoiser: bool) -> float | None:
-        """Give how much faster the second factors of a part train; None for no difference."""
-        return None
-
-    def metadata(self) -> dict[str, str]:
-        """Describe the network for the header of files, beyond rank and alpha."""
-        return {}
-
-    def check(self, config: RunConfig) -> Iterator[Problem]:
-        """Yield the options that would have no effect."""
-        for option, message, remedy in self._idle():
-            if option in self.model_fields_set:
-                yield Problem(
-                    place=config.place(f"network_args.{option}"), message=message, remedy=remedy
-                )
-
-    def _idle(self) -> Iterator[tuple[str, str, str]]:
-        """Yield options that nothing would read, if they are given: name, reason and remedy."""
-        if not self.adapts_convolutions:
-            for option in ("conv_alpha", "conv_block_alphas"):
-                yield option, "has no effect: no convolution is adapted", "set conv_dim"
-        if not self.has_lr_by_block:
-            remedy = f"set one of {', '.join(RATES_BY_BLOCK)}"
-            yield "block_lr_zero_threshold", "has no effect without rates by block", remedy
 
 
 class Lora(BlockNetwork):
@@ -183,8 +42,19 @@ class Lora(BlockNetwork):
     dora_wd: bool = Field(
         False,
         description="DoRA: train the norm of each input channel too. ComfyUI, A1111 and Forge read "
-        "such files; diffusers and sd-scripts leave the norm out and LyCORIS fails.",
+        "such files; diffusers and sd-scripts leave the norm out and LyCORIS fails. For those "
+        "make a plain LoRA of the file with sdxl-train convert.",
     )
+
+    @property
+    def denoiser_options(self) -> tuple[str, ...]:
+        """Options that are about the U-Net alone."""
+        return (*super().denoiser_options, "loraplus_unet_lr_ratio")
+
+    @property
+    def text_encoder_options(self) -> tuple[str, ...]:
+        """Options that are about the text encoders alone."""
+        return ("loraplus_text_encoder_lr_ratio",)
 
     def plus_ratio(self, *, is_denoiser: bool) -> float | None:
         """Give LoRA+'s ratio for the U-Net or for a text encoder."""
@@ -250,5 +120,17 @@ class Lokr(BlockNetwork):
 
     def _idle(self) -> Iterator[tuple[str, str, str]]:
         yield from super()._idle()
-        if self.full_matrix and self.decompose_both:
-            yield "decompose_both", "contradicts full_matrix", "leave one of them out"
+        if self.full_matrix:
+            remedy = "leave one of them out"
+            if self.decompose_both:
+                yield "decompose_both", "contradicts full_matrix", remedy
+            for option in ("network_dim", "network_alpha", *CONVOLUTION_RANKS, *RANKS_BY_BLOCK):
+                if _asks(getattr(self, option)):
+                    yield option, "has no effect with full_matrix, which has no rank", remedy
+            if any(rule.dim or rule.alpha for rule in self.rules or ()):
+                yield "rules", "dim and alpha have no effect with full_matrix", "leave them out"
+
+
+def _asks(value: object) -> bool:
+    """Tell whether a value is more than nothing, or than leaving layers out."""
+    return any(value) if isinstance(value, list) else bool(value)

@@ -10,18 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdxl_lora_plugins.networks.targets import targets
-from sdxl_train import ParameterGroup, Problem, UserError
+from sdxl_train import ParameterGroup, limit_norms, require_fit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from sdxl_lora_plugins.networks import BlockNetwork
     from sdxl_lora_plugins.networks.targets import Target
     from sdxl_train import LoadedModel
-
-_NAMED_KEYS = 3
 
 
 class AdaptedLayer(nn.Module):
@@ -64,6 +62,14 @@ class AdaptedLayer(nn.Module):
     @abstractmethod
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take tensors that have the names and shapes of :meth:`tensors`."""
+
+    @abstractmethod
+    def norm(self) -> Tensor:
+        """Give the Frobenius norm of the delta weight, fp32 []."""
+
+    @abstractmethod
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the delta weight in place, by a factor in [0, 1]."""
 
     def plus_parameters(self) -> list[nn.Parameter]:
         """Give the parameters that LoRA+ trains faster."""
@@ -145,7 +151,7 @@ class LayerAdapter:
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Give the groups of each part: by block where rates are, and LoRA+'s apart."""
-        members: dict[tuple[str, str, float], list[nn.Parameter]] = {}
+        members: dict[tuple[str, str, float | None, float], list[nn.Parameter]] = {}
         for target in self.targets:
             layer = self.layers[target.name]
             ratio = self.options.plus_ratio(
@@ -153,19 +159,20 @@ class LayerAdapter:
             )
             faster = {id(parameter) for parameter in layer.plus_parameters()}
             for parameter in layer.parameters():
-                key = (target.part, target.group, target.lr_factor)
+                key = (target.part, target.group, target.lr, target.lr_factor)
                 if ratio is not None and id(parameter) in faster:
-                    key = (target.part, f"{target.group} plus", target.lr_factor * ratio)
+                    factor = target.lr_factor * ratio
+                    key = (target.part, f"{target.group} plus", target.lr, factor)
                 members.setdefault(key, []).append(parameter)
         return [
             ParameterGroup(
                 part=part,
                 name=name,
                 parameters=parameters,
-                lr=self.parts[part].lr,
+                lr=lr,
                 lr_factor=factor,
             )
-            for (part, name, factor), parameters in members.items()
+            for (part, name, lr, factor), parameters in members.items()
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -182,9 +189,7 @@ class LayerAdapter:
         Raises:
             UserError: If a key is missing or unknown, or a shape or alpha differs.
         """
-        problems = list(self._mismatches(state))
-        if problems:
-            raise UserError(problems)
+        require_fit(self.state_dict(), state)
         for name, layer in self.layers.items():
             layer.load({key: state[f"{name}.{key}"] for key in layer.tensors()})
 
@@ -199,6 +204,18 @@ class LayerAdapter:
     def prepare_step(self, timesteps: Tensor) -> None:
         """Do nothing: these networks are the same at every timestep."""
 
+    @torch.no_grad()
+    def limit_weights(self) -> Mapping[str, Tensor]:
+        """Shrink the deltas that are larger than ``scale_weight_norms`` allows."""
+        limit = self.options.scale_weight_norms
+        if limit is None:
+            return {}
+        norms = torch.stack([layer.norm() for layer in self.layers.values()])
+        ratios, metrics = limit_norms(norms, limit)
+        for layer, ratio in zip(self.layers.values(), ratios, strict=True):
+            layer.shrink(ratio)
+        return metrics
+
     def detach(self) -> None:
         """Give every layer the ``forward`` back that it had."""
         for target in self.targets:
@@ -207,36 +224,3 @@ class LayerAdapter:
                 del target.layer.forward
             else:
                 target.layer.forward = own  # type: ignore[method-assign]
-
-    def _mismatches(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
-        own = self.state_dict()
-        for what, keys in (
-            ("keys are missing", own.keys() - state.keys()),
-            ("are unknown", state.keys() - own.keys()),
-        ):
-            if keys:
-                yield Problem(
-                    place="network weights",
-                    message=f"{len(keys)} {what}, such as {', '.join(sorted(keys)[:_NAMED_KEYS])}",
-                    remedy="train with the network and the options that made the file",
-                )
-        for name in sorted(own.keys() & state.keys()):
-            expected, found = own[name], state[name]
-            if found.shape != expected.shape:
-                yield Problem(
-                    place=name,
-                    message=f"has shape {list(found.shape)}, expected {list(expected.shape)}",
-                    remedy="set the rank to that of the file",
-                )
-            elif name.endswith(".alpha") and not _agree(found, expected):
-                yield Problem(
-                    place=name,
-                    message=f"is {found.item():g}, expected {expected.item():g}",
-                    remedy="set alpha and rank to those of the file",
-                )
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Compare two scalars as exactly as the type of the first one can tell."""
-    tolerance = torch.finfo(found.dtype).eps if found.is_floating_point() else 0.0
-    return torch.isclose(found.cpu().float(), expected, rtol=max(tolerance, 1e-6)).item() is True

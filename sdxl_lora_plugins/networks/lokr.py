@@ -86,6 +86,19 @@ class LokrLayer(AdaptedLayer):
             factor.copy_(tensors[name])
         next(iter(self._factors.values())).div_(self.scale)
 
+    def norm(self) -> Tensor:
+        """Give the Frobenius norm of the delta weight: the product of those of its factors."""
+        norm = torch.tensor(self.scale)
+        for factors in (list(self.w1.values()), list(self.w2.values())):
+            whole = factors[0] if len(factors) == 1 else factors[0] @ factors[1]
+            norm = norm.to(whole.device) * torch.linalg.vector_norm(whole)
+        return norm
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply every factor by the same root of the ratio, as LyCORIS does."""
+        for factor in self._factors.values():
+            factor.mul_(ratio ** (1 / len(self._factors)))
+
     @property
     def _factors(self) -> dict[str, nn.Parameter]:
         """The parameters by their names in files."""

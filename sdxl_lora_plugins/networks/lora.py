@@ -86,6 +86,17 @@ class LoraLayer(AdaptedLayer):
         if self.dora_scale is not None:
             self.dora_scale.copy_(tensors["dora_scale"])
 
+    def norm(self) -> Tensor:
+        """Give the Frobenius norm of the delta weight, without making it: |BA|^2 = <B'B, AA'>."""
+        down, up = self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1)
+        squared = ((up.T @ up) * (down @ down.T)).sum()
+        return squared.clamp(min=0).sqrt() * self.scale
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply both factors by the root of the ratio."""
+        for factor in (self.lora_down.weight, self.lora_up.weight):
+            factor.mul_(ratio.sqrt())
+
     def plus_parameters(self) -> list[nn.Parameter]:
         """Give ``lora_up`` (Hayou et al. 2024)."""
         return list(self.lora_up.parameters())

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sdxl_lora_plugins.networks.blocks import block_of
+from sdxl_lora_plugins.networks.rules import last_match, require_matches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sdxl_lora_plugins.networks import BlockNetwork
-    from sdxl_train import LoadedModel
+    from sdxl_train import LoadedModel, Part
 
 ATTENTION_BLOCKS = frozenset({"Transformer2DModel", "CLIPAttention", "CLIPMLP"})
 """Classes whose linear layers and 1x1 convolutions LoRA adapts, as in sd-scripts."""
@@ -32,7 +33,8 @@ class Target:
         rank: Rank of its delta, at least 1.
         alpha: Its alpha; above 0.
         group: Name of the optimizer group of its parameters.
-        lr_factor: Multiplies the part's learning rate.
+        lr: Their learning rate; None stands for the optimizer's.
+        lr_factor: Multiplies the learning rate.
     """
 
     name: str
@@ -41,35 +43,87 @@ class Target:
     rank: int
     alpha: float
     group: str
+    lr: float | None = None
     lr_factor: float = 1.0
 
 
 def targets(model: LoadedModel, options: BlockNetwork) -> Iterator[Target]:
-    """Give the layers that the options choose in the parts that train, in model order."""
+    """Give the layers that the options choose in the parts that train, in model order.
+
+    Raises:
+        UserError: If options are about parts that do not train, or a rule about no layer of them.
+    """
+    _require_use(model, options)
     classes = ATTENTION_BLOCKS | (CONVOLUTION_BLOCKS if options.adapts_convolutions else set())
     for part in model.parts:
         for path, layer in part.module.named_modules():
-            if not isinstance(layer, (nn.Linear, nn.Conv2d)):
-                continue
-            if not _is_inside(part.module, path, classes):
-                continue
-            file_name = part.file_names[path]
-            block = block_of(file_name)
-            has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-            rank, alpha = options.rank_and_alpha(block, has_kernel=has_kernel)
-            factor = options.lr_factor(block)
-            if rank and factor:
-                by_block = block is not None and options.has_lr_by_block
-                yield Target(
-                    name=f"{part.prefix}_{file_name}",
-                    part=part.name,
-                    layer=layer,
-                    rank=rank,
-                    # sd-scripts: an alpha of 0 stands for the rank.
-                    alpha=alpha or float(rank),
-                    group=f"{part.group}_block{block}" if by_block else part.group,
-                    lr_factor=factor,
-                )
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                standard = _is_inside(part.module, path, classes)
+                target = _target(part, part.file_names[path], layer, options, standard=standard)
+                if target is not None:
+                    yield target
+
+
+def _require_use(model: LoadedModel, options: BlockNetwork) -> None:
+    trained = [part.module for part in model.parts]
+    options.require_parts(
+        denoiser=any(module is model.denoiser for module in trained),
+        text_encoders=any(module is not model.denoiser for module in trained),
+    )
+    if options.rules:
+        names = (
+            f"{part.prefix}_{name}" for part in model.parts for name in part.file_names.values()
+        )
+        require_matches(options.rules, names)
+
+
+def _target(
+    part: Part,
+    file_name: str,
+    layer: nn.Linear | nn.Conv2d,
+    options: BlockNetwork,
+    *,
+    standard: bool,
+) -> Target | None:
+    """Give how a layer is adapted; None if it is not.
+
+    Args:
+        part: The part that it is in.
+        file_name: Its name in files without the part's prefix.
+        layer: The layer.
+        options: What is asked for.
+        standard: Whether its class is one that is adapted where no rule says otherwise.
+    """
+    block, name = block_of(file_name), f"{part.prefix}_{file_name}"
+    has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
+    rank, alpha = options.rank_and_alpha(block, has_kernel=has_kernel)
+    factor, lr = options.lr_factor(block), part.lr
+    by_block = block is not None and options.has_lr_by_block
+    group = f"{part.group}_block{block}" if by_block else part.group
+    index = last_match(options.rules or (), name)
+    if index is not None:
+        rule = (options.rules or ())[index]
+        if rule.excludes:
+            return None
+        standard = standard or rule.include
+        rank = rule.dim or rank or (options.rank if rule.include else 0)
+        alpha = alpha if rule.alpha is None else rule.alpha
+        if rule.lr is not None:
+            # A rate of its own: neither the part's nor the block's counts.
+            group, lr, factor = f"{part.group}_rule{index + 1}", rule.lr, 1.0
+    if not (standard and rank and factor):
+        return None
+    return Target(
+        name=name,
+        part=part.name,
+        layer=layer,
+        rank=rank,
+        # sd-scripts: an alpha of 0 stands for the rank.
+        alpha=alpha or float(rank),
+        group=group,
+        lr=lr,
+        lr_factor=factor,
+    )
 
 
 def _is_inside(root: nn.Module, path: str, classes: frozenset[str]) -> bool:

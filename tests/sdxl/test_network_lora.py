@@ -222,7 +222,7 @@ def test_state_that_does_not_fit_is_refused_whole(
     shape = [*state[first].shape]
     wrong: dict[str, dict[str, Tensor]] = {
         "1 keys are missing": {name: t for name, t in state.items() if name != first},
-        "1 are unknown": {**state, "lora_unet_other.alpha": torch.tensor(1.0)},
+        "1 keys are unknown": {**state, "lora_unet_other.alpha": torch.tensor(1.0)},
         f"expected {shape}": {**state, first: torch.zeros(8, 3)},
         "is 2, expected 1": {**state, sorted(state)[0]: torch.tensor(2.0)},
     }

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdxl_train import Field, Optimizer
-from sdxl_train_bitsandbytes.quiet import quiet
+from sdxl_train import Field, Optimizer, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from sdxl_train import ParameterGroup, Problem, UserError
+from sdxl_train import ParameterGroup, quiet, require_fit
 from sdxl_train_lycoris.layers import LycorisLayer
-from sdxl_train_lycoris.quiet import quiet
 from sdxl_train_lycoris.targets import targets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from sdxl_train import LoadedModel
     from sdxl_train_lycoris.networks import LycorisNetwork
     from sdxl_train_lycoris.targets import Target
-
-_NAMED_KEYS = 3
 
 
 class LycorisAdapter:
@@ -98,9 +93,7 @@ class LycorisAdapter:
         Raises:
             UserError: If a key is missing or unknown, or a shape or alpha differs.
         """
-        problems = list(self._mismatches(state))
-        if problems:
-            raise UserError(problems)
+        require_fit(self.state_dict(), state)
         for name, layer in self.layers.items():
             layer.load({key: state[f"{name}.{key}"] for key in layer.state()})
 
@@ -124,37 +117,6 @@ class LycorisAdapter:
                 del target.layer.forward
             else:
                 _replace_forward(target, forward)
-
-    def _mismatches(self, state: Mapping[str, Tensor]) -> Iterator[Problem]:
-        own = self.state_dict()
-        for what, keys in (("missing", own.keys() - state.keys()), ("unknown", state.keys() - own)):
-            if keys:
-                first = ", ".join(sorted(keys)[:_NAMED_KEYS])
-                yield Problem(
-                    place="network weights",
-                    message=f"{len(keys)} keys are {what}, among them {first}",
-                    remedy="train with the algorithm, preset and options that made the file",
-                )
-        for name in sorted(own.keys() & state.keys()):
-            expected, found = own[name], state[name]
-            if found.shape != expected.shape:
-                yield Problem(
-                    place=name,
-                    message=f"has shape {list(found.shape)}, expected {list(expected.shape)}",
-                    remedy="set the rank and the factorization to those of the file",
-                )
-            elif name.endswith(".alpha") and not _agree(found, expected):
-                yield Problem(
-                    place=name,
-                    message=f"is {found.item():g}, expected {expected.item():g}",
-                    remedy="set alpha and rank to those of the file",
-                )
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Compare two scalars as exactly as the type of the first one can tell."""
-    tolerance = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
-    return torch.isclose(found.cpu().float(), expected, rtol=tolerance).item() is True
 
 
 def _replace_forward(target: Target, forward: Callable[[Tensor], Tensor]) -> None:

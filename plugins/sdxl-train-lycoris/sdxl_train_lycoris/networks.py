@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from sdxl_train import Field, Network, Problem
-from sdxl_train_lycoris.quiet import quiet
+from sdxl_train import Field, Network, Problem, quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

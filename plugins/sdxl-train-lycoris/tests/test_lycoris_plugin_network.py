@@ -403,7 +403,7 @@ def test_files_of_another_network_are_refused(model: StandIn) -> None:
     for wrong, complaint in (
         (missing, "3 keys are missing"),
         (state | {"lora_unet_nothing.alpha": torch.tensor(1.0)}, "1 keys are unknown"),
-        (reshaped, r"has shape \[3, 3\]"),
+        (reshaped, r"with \[3, 3\], expected"),
         (rescaled, "is 4, expected 1"),
     ):
         with pytest.raises(UserError, match=complaint):

@@ -31,7 +31,7 @@ def plan(options: Mapping[str, Any] | Path | str) -> Plan:
     from sdxl_train.planning import make_plan
     from sdxl_train.preflight import prepare
 
-    return make_plan(prepare(_settings(options)))
+    return make_plan(prepare(_settings(options), decode=False))
 
 
 def train(options: Mapping[str, Any] | Path | str) -> RunResult:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import resolve_datasets
+from sdxl_train.data.scan_index import user_index
 from sdxl_train.data.sources import scan
 from sdxl_train.earlier import files_of_earlier_run
 from sdxl_train.errors import Problem, UserError
@@ -49,8 +50,16 @@ class Prepared:
         return SaveSchedule.of(self.config.output, self.counts)
 
 
-def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> Prepared:
+def prepare(
+    settings: Mapping[str, Setting], host: PluginHost | None = None, *, decode: bool = True
+) -> Prepared:
     """Check everything that can be checked without weights.
+
+    Args:
+        settings: What the user gave.
+        host: The plugins.
+        decode: Decode each image that never was: its head does not tell every damage. With
+            ``on_bad_image`` as ``skip`` that is always done, for the plan depends on it.
 
     Raises:
         UserError: With every problem found.
@@ -58,7 +67,7 @@ def prepare(settings: Mapping[str, Setting], host: PluginHost | None = None) -> 
     host = host or PluginHost()
     resolution = Resolver(settings, host, Registry(host)).resolve()
     problems, warnings = list(resolution.problems), list(resolution.notices)
-    scanned = _scan(resolution, problems, warnings)
+    scanned = _scan(resolution, problems, warnings, decode=decode)
     config = resolution.config
     if config is not None:
         for component in config.components:
@@ -134,7 +143,9 @@ def _resume_point(config: RunConfig, scanned: Scan, problems: list[Problem]) -> 
     return point
 
 
-def _scan(resolution: Resolution, problems: list[Problem], warnings: list[str]) -> Scan | None:
+def _scan(
+    resolution: Resolution, problems: list[Problem], warnings: list[str], *, decode: bool
+) -> Scan | None:
     if resolution.dataset is None:
         return None
     config = resolution.config
@@ -145,9 +156,24 @@ def _scan(resolution: Resolution, problems: list[Problem], warnings: list[str]) 
     if not datasets:
         return None
     multiple = config.model.bucket_multiple if config else 8
-    scanned = scan(datasets, bucket_multiple=multiple, place=place)
+    skip_bad = resolution.dataset.on_bad_image == "skip"
+    scanned = scan(
+        datasets,
+        bucket_multiple=multiple,
+        place=place,
+        index=user_index(),
+        skip_bad=skip_bad,
+        decode=decode or skip_bad,
+    )
     problems.extend(scanned.problems)
     warnings.extend(scanned.warnings)
+    try:
+        scanned.index.save()
+    except OSError as error:
+        warnings.append(
+            f"what is known of the images cannot be kept for the next start: {error.strerror} "
+            f"({scanned.index.home})"
+        )
     return scanned
 
 

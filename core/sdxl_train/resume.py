@@ -60,6 +60,7 @@ MAY_CHANGE = frozenset(
         "allow_base_change",
         "device",
         # How the same batches come about.
+        "on_bad_image",
         "cache_latents",
         "vae_batch_size",
         "cache_text_encoder_outputs",

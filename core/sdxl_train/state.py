@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
-from sdxl_train.checkpoint import require_finite, sync_folder
+from sdxl_train.checkpoint import require_finite
 from sdxl_train.disk import require_room
 from sdxl_train.errors import TrainingError, UserError
+from sdxl_train.files import sync_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -33,7 +33,7 @@ def run(invocation: Invocation) -> int:
         output_config = invocation.settings.get("output_config")
         if output_config is not None:
             raise UserError.of(output_config.place, "writes no file here", "leave out `plan`")
-        prepared = prepare(invocation.settings, invocation.host)
+        prepared = prepare(invocation.settings, invocation.host, decode=False)
         from sdxl_train.planning import make_plan
 
         plan = make_plan(prepared)

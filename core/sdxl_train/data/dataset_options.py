@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - pydantic needs it
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -113,6 +113,11 @@ class DatasetOptions(OptionModel):
     )
     prior_loss_weight: float = Field(
         1.0, ge=0, description="Weight of the loss of regularization images."
+    )
+    on_bad_image: Literal["error", "skip"] = Field(
+        "error",
+        description="An image that is damaged, too small or no image at all stops the run before "
+        "it starts, or is left out with a warning.",
     )
     cache_latents: bool = Field(
         False, description="Encode the images once, before training, and keep the latents."

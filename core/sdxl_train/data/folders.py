@@ -90,7 +90,7 @@ def file_problem(path: Path, place: str) -> Problem | None:
 
 def count_images(folder: Path) -> int:
     """Count the images directly in a folder, by name."""
-    return sum(is_image_name(path.name) for path in _entries(folder))
+    return sum(map(is_image_name, _names(folder)))
 
 
 def folders_with_images(parent: Path) -> list[Path]:
@@ -166,7 +166,11 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
+    return [folder / name for name in _names(folder)]
+
+
+def _names(folder: Path) -> list[str]:
     try:
-        return sorted(folder.iterdir())
+        return sorted(os.listdir(folder))  # noqa: PTH208 - sorting paths takes ten times as long
     except OSError:  # a folder that may not be listed has nothing to suggest
         return []

@@ -6,20 +6,20 @@ skipped, or a problem.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.data.buckets import SizeError, bucket_warnings, check_buckets, fitter
-from sdxl_train.data.captions import CaptionError, caption_warnings, read_caption
+from sdxl_train.data.captions import caption_warnings
 from sdxl_train.data.dataset_config import DEFAULT
-from sdxl_train.data.images import ImageError, read_header
-from sdxl_train.data.listing import Remarks, list_folder
+from sdxl_train.data.images import ImageError
+from sdxl_train.data.listing import Remarks, Skipped, list_folder
+from sdxl_train.data.reading import Reader
 from sdxl_train.data.regularization import balanced
+from sdxl_train.data.scan_index import ScanIndex
 from sdxl_train.data.validation import fixed, held_out, validation_images
 from sdxl_train.errors import Problem
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sdxl_train.data.buckets import Fit, Size
-    from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
     from sdxl_train.data.images import ImageHeader
-    from sdxl_train.data.listing import Listing, Skipped
+    from sdxl_train.data.listing import Listing
+    from sdxl_train.data.reading import Read
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +85,7 @@ class Scan:
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
+    index: ScanIndex
 
     def summary(self) -> dict[str, Any]:
         """Describe the scan for ``plan``, in plain JSON values.
@@ -112,7 +113,13 @@ class Scan:
 
 
 def scan(
-    configs: Sequence[DatasetConfig], *, bucket_multiple: int, place: Callable[[str], str]
+    configs: Sequence[DatasetConfig],
+    *,
+    bucket_multiple: int,
+    place: Callable[[str], str],
+    index: ScanIndex | None = None,
+    skip_bad: bool = False,
+    decode: bool = False,
 ) -> Scan:
     """Find and check all images and captions.
 
@@ -120,10 +127,13 @@ def scan(
         configs: The datasets.
         bucket_multiple: Sides must be a multiple of this many pixels for the model.
         place: Gives the place of an option by its name, for values that nobody set.
+        index: What is known of files from before; it learns what is read. Default: an empty one.
+        skip_bad: Leave out images that cannot be used, instead of making problems of them.
+        decode: Decode each image that was never decoded before.
     """
-    threads = min(32, 4 * (os.cpu_count() or 1))
-    with ThreadPoolExecutor(threads, thread_name_prefix="scan") as pool:
-        scanner = _Scanner(bucket_multiple, place, pool)
+    index = index or ScanIndex()
+    with Reader(index, decode=decode) as reader:
+        scanner = _Scanner(bucket_multiple, place, reader, skip_bad=skip_bad)
         found = [(config, scanner.images(config)) for config in configs]
     held = [held_out(config, images) for config, images in found]
     every = frozenset[Path]().union(*held)
@@ -140,6 +150,7 @@ def scan(
         skipped=tuple(scanner.skipped),
         warnings=tuple(dict.fromkeys([*scanner.warnings, *scanner.remarks.lines()])),
         problems=tuple(scanner.problems),
+        index=index,
     )
 
 
@@ -147,11 +158,12 @@ class _Scanner:
     """Collects what the scan of all datasets finds."""
 
     def __init__(
-        self, multiple: int, place: Callable[[str], str], pool: ThreadPoolExecutor
+        self, multiple: int, place: Callable[[str], str], reader: Reader, *, skip_bad: bool
     ) -> None:
         self.multiple = multiple
         self.place = place
-        self.pool = pool
+        self.reader = reader
+        self.skip_bad = skip_bad
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.skipped: list[Skipped] = []
@@ -241,8 +253,11 @@ class _Scanner:
             return []
         self.skipped += listing.skipped
         self._check_listing(subset, listing)
-        read = self.pool.map(_read, listing.images, listing.captions)
+        read = self.reader.read(listing.images, listing.captions)
         records = [record for entry in read if (record := self._record(entry, subset, index, fit))]
+        if listing.images and not records and self.skip_bad:
+            message = f"no image in {subset.image_dir} can be used, they are all left out"
+            self.problems.append(Problem(place=subset.place, message=message))
         captioned = [record.caption for record in records if record.has_caption]
         if len(captioned) < len(records):
             used = f"the class tokens {subset.class_tokens!r}" if subset.class_tokens else "nothing"
@@ -280,7 +295,7 @@ class _Scanner:
 
     def _record(
         self,
-        read: _Read,
+        read: Read,
         subset: SubsetConfig,
         index: int,
         fit: Callable[[Size], Fit] | None,
@@ -332,35 +347,9 @@ class _Scanner:
         return chosen
 
     def _bad_image(self, path: Path, message: str) -> None:
-        self.problems.append(
-            Problem(place=str(path), message=message, remedy="replace or remove the file")
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Read:
-    """What was read of one image; faults are values here."""
-
-    path: Path
-    caption_path: Path | None
-    header: ImageHeader | ImageError
-    caption: CaptionFile | Problem | None
-
-
-def _read(path: Path, caption_path: Path | None) -> _Read:
-    header: ImageHeader | ImageError
-    try:
-        header = read_header(path)
-    except ImageError as error:
-        header = error
-    caption = _read_caption(caption_path) if caption_path else None
-    return _Read(path=path, caption_path=caption_path, header=header, caption=caption)
-
-
-def _read_caption(path: Path) -> CaptionFile | Problem:
-    try:
-        return read_caption(path)
-    except CaptionError as error:
-        return Problem(place=str(path), message=str(error))
-    except OSError as error:
-        return Problem(place=str(path), message=f"cannot be read: {error.strerror}")
+        if self.skip_bad:
+            self.skipped.append(Skipped(path=path, reason=message))
+            self.remarks.add("left out, it cannot be used (--on_bad_image skip)", path)
+            return
+        remedy = "replace or remove the file, or leave such files out with --on_bad_image skip"
+        self.problems.append(Problem(place=str(path), message=message, remedy=remedy))

@@ -9,6 +9,7 @@ import torch
 
 from sdxl_train.errors import UserError
 from sdxl_train.rng import derive_seed
+from sdxl_train.weights import start_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     """Load the model and attach a fresh network, the same one for the same seed.
 
     Raises:
-        UserError: If nothing is left to train.
+        UserError: If nothing is left to train, or the weights to begin with do not fit.
     """
     dtype = WEIGHT_DTYPES[config.training.mixed_precision]
     model = config.model.build(device, dtype)
@@ -61,6 +62,9 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "init"))
         adapter = config.network.build(model)
+    if config.network.network_weights is not None:
+        place = config.place("network_weights")
+        start_from(adapter, model.read_network(config.network.network_weights), place)
     declared = list(adapter.groups())
     groups = list(_optimizer_groups(declared, config.optimizer.learning_rate))
     if not groups:

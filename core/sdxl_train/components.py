@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -183,6 +184,13 @@ class LoadedModel(Protocol):
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Give what :meth:`predict` should return: the noise, or the velocity."""
 
+    def read_network(self, path: Path) -> dict[str, Tensor]:
+        """Read a network's file under the names that ``Adapter.state_dict`` gives, on the CPU.
+
+        Raises:
+            UserError: If it is no network for this model, or broken.
+        """
+
     def release_image_encoder(self) -> None:
         """Free the image encoder, once every latent is cached."""
 
@@ -285,6 +293,11 @@ class Network(Component):
     )
     network_dropout: float | None = Field(
         None, ge=0, lt=1, description="Probability of dropping a rank activation while training."
+    )
+
+    network_weights: Path | None = Field(
+        None,
+        description="Begin with the weights of this file, instead of a network that does nothing.",
     )
 
     @abstractmethod

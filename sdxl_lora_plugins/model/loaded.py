@@ -144,6 +144,16 @@ class LoadedSdxl:
         """Give what :meth:`predict` should return."""
         return self.schedule.target(latents, noise, timesteps)
 
+    def read_network(self, path: Path) -> dict[str, Tensor]:
+        """Read a network's file, in any naming, under kohya's names.
+
+        Raises:
+            UserError: If it is no network for SDXL, or broken.
+        """
+        from sdxl_lora_plugins.files.tensors import read_tensors
+
+        return read_tensors(path)
+
     def release_image_encoder(self) -> None:
         """Free the VAE."""
         self.vae = None

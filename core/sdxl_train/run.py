@@ -18,7 +18,7 @@ from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
 from sdxl_train.components import LimitedAdapter
-from sdxl_train.counts import with_state
+from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.config import RunConfig
-    from sdxl_train.counts import SavePoint
     from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
@@ -227,7 +226,9 @@ class Trainer:
         if last is None or self.step.updating or self.saver.state_at == last.step:
             return
         try:
-            self._save(with_state([], last.step), last)
+            network = self.saver.network_at != last.step
+            point = SavePoint(kind="step", number=last.step, network=network, state=True)
+            self._save([point], last)
         except TrainingError as second:
             error.add_note(f"the state of step {last.step} could not be saved either: {second}")
         else:

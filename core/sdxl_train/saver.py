@@ -37,6 +37,7 @@ class Saver:
 
     Attributes:
         files: The networks that this run wrote and that are still there.
+        network_at: The step of the newest network that this run saved.
         state_at: The step of the newest state that this run saved.
     """
 
@@ -60,6 +61,7 @@ class Saver:
         self.scheduler = scheduler
         self.scaler = scaler
         self.files: list[Path] = []
+        self.network_at: int | None = None
         self.state_at: int | None = None
         self._dataset = dataset_digest(prepared.scan)
 
@@ -94,6 +96,7 @@ class Saver:
             tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
             save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
         self.files = [*(file for file in self.files if file != path), path]
+        self.network_at = step.step
         logger.info("saved %s", path)
         return Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
 

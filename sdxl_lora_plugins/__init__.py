@@ -20,6 +20,7 @@ from sdxl_lora_plugins import (
 )
 from sdxl_lora_plugins.commands.demo import Demo
 from sdxl_lora_plugins.observers.progress import Progress
+from sdxl_lora_plugins.observers.samples import SampleImages
 from sdxl_train import hookimpl
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def register_weightings() -> dict[str, type[Weighting]]:
 @hookimpl
 def register_observers() -> dict[str, type[Observer]]:
     """Give the observers."""
-    return {"progress": Progress}
+    return {"progress": Progress, "samples": SampleImages}
 
 
 @hookimpl

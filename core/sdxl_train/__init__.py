@@ -41,12 +41,16 @@ if TYPE_CHECKING:
         Weighting,
     )
     from sdxl_train.config import RunConfig
+    from sdxl_train.counts import StepCounts
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
     from sdxl_train.hookspecs import hookimpl
     from sdxl_train.libraries import quiet
     from sdxl_train.loop import StepResult
+    from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
+    from sdxl_train.rng import derive_seed
     from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
+    from sdxl_train.toml_files import read_text, read_toml
     from sdxl_train.weights import limit_norms, require_fit
 
 _HOMES = {
@@ -54,9 +58,14 @@ _HOMES = {
     "plan": "sdxl_train.api",
     "train": "sdxl_train.api",
     "RunConfig": "sdxl_train.config",
+    "StepCounts": "sdxl_train.counts",
     "hookimpl": "sdxl_train.hookspecs",
     "StepResult": "sdxl_train.loop",
     "Checkpoint": "sdxl_train.checkpoint",
+    "ImageRequest": "sdxl_train.pictures",
+    "ImageSampler": "sdxl_train.pictures",
+    "SampledImage": "sdxl_train.pictures",
+    "derive_seed": "sdxl_train.rng",
     "Run": "sdxl_train.run",
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",
@@ -67,6 +76,8 @@ _HOMES = {
     "limit_norms": "sdxl_train.weights",
     "quiet": "sdxl_train.libraries",
     "require_fit": "sdxl_train.weights",
+    "read_text": "sdxl_train.toml_files",
+    "read_toml": "sdxl_train.toml_files",
 }
 
 __all__ = [
@@ -75,6 +86,8 @@ __all__ = [
     "Command",
     "Component",
     "Field",
+    "ImageRequest",
+    "ImageSampler",
     "LimitedAdapter",
     "LoadedModel",
     "Loss",
@@ -92,8 +105,10 @@ __all__ = [
     "Problem",
     "Run",
     "RunConfig",
+    "SampledImage",
     "Scheduler",
     "SdxlTrainError",
+    "StepCounts",
     "StepPlan",
     "StepResult",
     "StepsOrShare",
@@ -104,10 +119,13 @@ __all__ = [
     "WeightFunction",
     "Weighting",
     "__version__",
+    "derive_seed",
     "hookimpl",
     "limit_norms",
     "plan",
     "quiet",
+    "read_text",
+    "read_toml",
     "require_fit",
     "train",
 ]

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from sdxl_train.config import RunConfig
+    from sdxl_train.counts import StepCounts
     from sdxl_train.errors import Problem
+    from sdxl_train.pictures import ImageSampler
     from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
 
@@ -189,6 +191,12 @@ class LoadedModel(Protocol):
 
         Raises:
             UserError: If it is no network for this model, or broken.
+        """
+
+    def sampler(self) -> ImageSampler:
+        """Give what generates pictures.
+
+        Made before the image encoder is released, it keeps the decoder.
         """
 
     def release_image_encoder(self) -> None:
@@ -406,6 +414,13 @@ class Observer(Component):
     """Active without being asked for (built-in ones only)."""
     unlimited: ClassVar[bool] = False
     """Its calls may take longer than ``--observer_timeout``: it computes, it waits for nobody."""
+
+    def sample_steps(self, counts: StepCounts) -> Sequence[int]:
+        """Give the steps after which this observer samples pictures, for the plan.
+
+        0 is before the first.
+        """
+        return ()
 
     @abstractmethod
     def build(self, run: Run) -> object:

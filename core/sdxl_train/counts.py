@@ -61,6 +61,13 @@ class StepCounts:
             decay=StepPlan(total=total).count(decay),
         )
 
+    def epoch_ended_by(self, step: int) -> int | None:
+        """Give the epoch that ends with ``step``; the last one ends with the run."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        if step == self.total:
+            return self.epochs
+        return epoch if rest == 0 and step else None
+
     @property
     def step_plan(self) -> StepPlan:
         """What a scheduler is told."""
@@ -143,8 +150,8 @@ class SaveSchedule:
     def due(self, step: int) -> list[SavePoint]:
         """Give what to save after ``step``. The last epoch has no file: the final one is it."""
         points = [self._point("step", step)]
-        epoch, rest = divmod(step, self.counts.steps_per_epoch)
-        if rest == 0 and epoch < self.counts.epochs:
+        epoch = self.counts.epoch_ended_by(step)
+        if epoch and epoch < self.counts.epochs:
             points.append(self._point("epoch", epoch))
         if step == self.counts.total:
             points.append(SavePoint(kind="final", number=step, state=self.state_at_end))

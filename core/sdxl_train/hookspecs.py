@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.components import (
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Weighting,
     )
     from sdxl_train.loop import StepResult
+    from sdxl_train.pictures import SampledImage
     from sdxl_train.run import Run
 
 PROJECT = "sdxl_train"
@@ -127,8 +128,8 @@ def validation_finished(run: Run, result: Any) -> None:
 
 
 @hookspec
-def images_sampled(run: Run, images: Any) -> None:
-    """Sample images were written."""
+def images_sampled(run: Run, images: Sequence[SampledImage]) -> None:
+    """Sample images were taken: one for each prompt, failed ones too, in the order of prompts."""
 
 
 @hookspec

@@ -80,12 +80,18 @@ def make_plan(prepared: Prepared) -> Plan:
             "warmup_steps": counts.warmup,
         },
         saves=prepared.saves.steps(),
-        samples=[],
+        samples=_sample_steps(prepared),
         modules=assembly.parts,
         groups=groups,
         memory=_memory(prepared, assembly),
         warnings=[*prepared.warnings, *_rate_remarks(config, groups), *room],
     )
+
+
+def _sample_steps(prepared: Prepared) -> list[int]:
+    """Give every step after which an observer samples pictures."""
+    observers = prepared.config.observers
+    return sorted({step for item in observers for step in item.sample_steps(prepared.counts)})
 
 
 def _rate_remarks(config: RunConfig, groups: list[dict[str, Any]]) -> Iterator[str]:
@@ -154,9 +160,11 @@ def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
         return sum(p.numel() for p in module.parameters() if id(p) not in trained) * width
 
     network = sum(parameter.numel() for parameter in assembly.parameters) * 4
+    samples = bool(_sample_steps(prepared))
     return {
         "denoiser_bytes": frozen(assembly.model.denoiser),
         "text_encoder_bytes": sum(frozen(encoder) for encoder in assembly.model.text_encoders),
         "network_bytes": network,
         "gradient_bytes": network,
+        **({"sample_decoder_bytes": assembly.model.sampler().decoder_bytes} if samples else {}),
     }

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.config import RunConfig
+    from sdxl_train.counts import StepCounts
     from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
@@ -58,6 +59,12 @@ class Run:
         assembly: The model and the network; an observer must leave them as they are.
         output_dir: Where its files go.
         name: Stem of the names of its files.
+        seed: Its seed; observers derive theirs from it.
+        counts: How long it is.
+        first_step: Optimizer steps that count as done before: 0 unless it goes on from others.
+        resolution: The largest (width, height) that it trains at.
+        tell: Tells every observer of an event that happens in one:
+            ``run.tell("images_sampled", run=run, images=...)``.
         evaluation: Gives a context in which training stands still, for who uses the model beside
             it: ``with run.evaluation(): ...``. See :meth:`.Evaluation.pause`.
     """
@@ -67,6 +74,11 @@ class Run:
     assembly: Assembly
     output_dir: Path
     name: str
+    seed: int
+    counts: StepCounts
+    first_step: int
+    resolution: tuple[int, int]
+    tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
 
 
@@ -154,6 +166,11 @@ class Trainer:
             assembly=self.assembly,
             output_dir=output.output_dir,
             name=output.output_name or "last",
+            seed=prepared.seed,
+            counts=prepared.counts,
+            first_step=prepared.start,
+            resolution=self._largest_resolution(),
+            tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
         )
         self.saver = Saver(

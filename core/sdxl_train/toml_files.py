@@ -28,7 +28,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     Raises:
         UserError: If the file cannot be read, decoded or parsed; with line and column.
     """
-    text = _read_text(path)
+    text = read_text(path)
     try:
         return tomli.loads(text), _lines(text)
     except tomli.TOMLDecodeError as error:
@@ -41,7 +41,12 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
         ) from None
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """Read a text file that a person wrote, with plain line ends.
+
+    Raises:
+        UserError: If it cannot be read, or is not UTF-8.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:

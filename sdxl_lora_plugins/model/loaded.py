@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+    from sdxl_lora_plugins.model.sampling import SdxlSampler
     from sdxl_train import NoiseSchedule
 
 UNET_GROUP: Final = "unet"
@@ -154,8 +155,17 @@ class LoadedSdxl:
 
         return read_tensors(path)
 
+    def sampler(self) -> SdxlSampler:
+        """Give what generates pictures with this model as it is at the time."""
+        from sdxl_lora_plugins.model.sampling import SdxlSampler
+
+        assert self.vae is not None, "the image encoder was released"
+        return SdxlSampler(self, self.vae)
+
     def release_image_encoder(self) -> None:
-        """Free the VAE."""
+        """Free the VAE; a sampler that was made before keeps it in main memory."""
+        if self.vae is not None:
+            self.vae.to("cpu")
         self.vae = None
         _free_memory()
 

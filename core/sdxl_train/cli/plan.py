@@ -65,8 +65,10 @@ def print_plan(plan: Plan) -> None:
             f"{_count(steps['batches_per_epoch'], 'batch', 'batches')}, "
             f"{_count(steps['warmup_steps'], 'step')} of warm-up",
         ),
-        ("saves", _saves(plan.saves)),
+        ("saves", _after_steps(plan.saves)),
     ]
+    if plan.samples:
+        rows.append(("samples", _after_steps(plan.samples)))
     for part in plan.modules.values():
         adapted = f"{part.modules} modules, {part.parameters:,} parameters"
         rows.append((part.title, adapted if part.modules else "not trained"))
@@ -104,7 +106,7 @@ def _bucket(bucket: dict[str, object]) -> str:
     return f"{resolution[0]}x{resolution[1]}: {bucket['images']}"
 
 
-def _saves(steps: list[int]) -> str:
+def _after_steps(steps: list[int]) -> str:
     shown = [str(step) for step in steps]
     if len(shown) > 8:
         shown = [*shown[:4], "...", *shown[-2:]]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_train.errors import TrainingError
+from sdxl_train.masks import masked_mean
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -91,6 +92,8 @@ class Step:
     limit_weights: Callable[[], Mapping[str, Tensor]] = dict
     optimizer: Optimizer
     scheduler: LRScheduler
+    normalize_masks: bool = False
+    """Divide a masked loss by the masked share of the sample."""
     was_skipped: Callable[[], bool] | None = None
     """Set where a gradient scaler is at work: it skips steps whose gradients are not finite."""
     updating: bool = field(default=False, init=False)
@@ -175,7 +178,10 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> Tensor:
     target = step.target(latents, noise, timesteps)
 
     error = step.loss(prediction.float(), target.float(), timesteps)  # [B, C, h, w]
-    each = error.mean(dim=(1, 2, 3))  # [B]
+    if batch.masks is None:
+        each = error.mean(dim=(1, 2, 3))  # [B]
+    else:
+        each = masked_mean(error, batch.masks, normalize=step.normalize_masks)  # [B]
     for weight in step.weightings:
         each = each * weight(timesteps)
     return (each * batch.loss_weights).mean()

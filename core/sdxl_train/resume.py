@@ -159,11 +159,16 @@ def dataset_digest(scan: Scan) -> str:
     """Give a digest of what the data is, wherever it lies: names, sizes, captions, repeats."""
     digest = hashlib.blake2b(digest_size=16)
     for dataset in scan.datasets:
-        subsets = [(subset.captions, subset.flip_aug) for subset in dataset.config.subsets]
+        subsets = [
+            (subset.captions, subset.views, subset.resize_interpolation, subset.alpha_mask)
+            for subset in dataset.config.subsets
+        ]
         digest.update(repr((dataset.config.batch_size, subsets)).encode())
         for image in dataset.images:
             facts = (image.key, image.size, image.caption, image.repeats, image.is_reg, image.fit)
             digest.update(repr(facts).encode())
+            if image.mask is not None:
+                digest.update(image.mask.name.encode())
     return digest.hexdigest()
 
 

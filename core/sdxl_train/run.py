@@ -302,6 +302,7 @@ class Trainer:
             limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
+            normalize_masks=config.dataset.masked_loss_normalize,
             was_skipped=self._was_skipped if self.accelerator.scaler else None,
         )
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxl_train.data.captions import process_caption
+from sdxl_train.data.views import draw_colour, drawn_fit
 from sdxl_train.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from sdxl_train.data.buckets import Size
+    from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.sources import Dataset
+    from sdxl_train.data.views import Colour
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,11 +34,15 @@ class Sample:
         image: Index of the image in its dataset.
         repeat: Which repeat it is, from 0.
         flipped: Whether it is mirrored from left to right.
+        fit: Where it is cut out this time; None: as always.
+        colour: How its colour changes this time.
     """
 
     image: int
     repeat: int
     flipped: bool = False
+    fit: Fit | None = None
+    colour: Colour | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +75,8 @@ class Batch:
         crop_top_left: int64 [B, 2], (top, left) of the crop in the resized image.
         target_size: int64 [B, 2], (height, width) of the bucket.
         loss_weights: fp32 [B].
+        masks: fp32 [B, 1, H, W] in [0, 1], the weights of pixels, or smaller, of the latents; None
+            if no image of the batch has a mask.
         keys: Short names of the images, for messages.
     """
 
@@ -81,6 +89,7 @@ class Batch:
     target_size: Tensor
     loss_weights: Tensor
     keys: list[str]
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -131,7 +140,7 @@ class BatchPlan:
                     dataset=dataset,
                     bucket=bucket,
                     epoch=number,
-                    samples=tuple(self._flips(dataset, number, samples[start : start + size])),
+                    samples=tuple(self._views(dataset, number, samples[start : start + size])),
                 )
                 for start in range(0, len(samples), size)
             ]
@@ -159,14 +168,19 @@ class BatchPlan:
                 group += [Sample(image=number, repeat=n) for n in range(image.repeats)]
         return groups
 
-    def _flips(self, index: int, epoch: int, samples: Sequence[Sample]) -> Iterator[Sample]:
+    def _views(self, index: int, epoch: int, samples: Sequence[Sample]) -> Iterator[Sample]:
         dataset = self.datasets[index]
         for sample in samples:
-            if dataset.subset_of(dataset.images[sample.image]).flip_aug:
-                flipped = self._rng("flip", index, epoch, sample).random() < 0.5
-                yield replace(sample, flipped=flipped)
-            else:
-                yield sample
+            image = dataset.images[sample.image]
+            options = dataset.subset_of(image).views
+            changes: dict[str, Any] = {}
+            if options.flip_aug:
+                changes["flipped"] = self._rng("flip", index, epoch, sample).random() < 0.5
+            if options.color_aug:
+                changes["colour"] = draw_colour(self._rng("colour", index, epoch, sample))
+            if options.random_crop or options.face_crop_aug_range:
+                changes["fit"] = drawn_fit(image, options, self._rng("crop", index, epoch, sample))
+            yield replace(sample, **changes)
 
     def _rng(self, purpose: str, dataset: int, epoch: int, sample: Sample) -> random.Random:
         seed = derive_seed(self.seed, purpose, epoch, dataset, sample.image, sample.repeat)

@@ -109,8 +109,25 @@ def fit_without_upscaling(size: Size, resolution: Size, step: int) -> Fit:
     return _centred(size, bucket, resized)
 
 
-def fitter(resolution: Size, options: BucketOptions) -> Callable[[Size], Fit]:
-    """Give the function that fits an image size; it raises :class:`SizeError`."""
+def fit_uncut(size: Size, resolution: Size) -> Fit:
+    """Fit an image to the resolution without shrinking it: what is cut out may lie anywhere."""
+    if size[0] < resolution[0] or size[1] < resolution[1]:
+        return fit_to_nearest(size, (resolution,))
+    return _centred(size, resolution, size)
+
+
+def fitter(
+    resolution: Size, options: BucketOptions, *, uncut: bool = False
+) -> Callable[[Size], Fit]:
+    """Give the function that fits an image size; it raises :class:`SizeError`.
+
+    Args:
+        resolution: The training resolution.
+        options: The bucket options.
+        uncut: Without buckets, do not shrink images: a random crop will cut them, as in sd-scripts.
+    """
+    if uncut and not options.enable_bucket:
+        return cache(lambda size: fit_uncut(size, resolution))
     if options.enable_bucket and options.bucket_no_upscale:
         return cache(
             lambda size: fit_without_upscaling(size, resolution, options.bucket_reso_steps)

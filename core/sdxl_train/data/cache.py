@@ -9,6 +9,7 @@ import torch
 from sdxl_train.data.batches import BatchSpec, Sample
 from sdxl_train.data.captions import possible_captions
 from sdxl_train.errors import TrainingError
+from sdxl_train.masks import shrunk_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ class LatentCache:
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = datasets
         self._latents: dict[tuple[int, int, bool], Tensor] = {}
+        self._masks: dict[tuple[int, int, bool], Tensor] = {}
 
     def fill(
         self,
@@ -49,7 +51,11 @@ class LatentCache:
         done, total = 0, sum(len(spec.samples) for spec in specs)
         for spec, images in zip(specs, pixels.load(specs), strict=True):
             with torch.no_grad():
-                latents = encode_images(images).to("cpu", torch.float32)
+                latents = encode_images(images.pixels).to("cpu", torch.float32)
+            if images.masks is not None:
+                masks = shrunk_masks(images.masks, latents.shape[-2:])
+                for sample, mask in zip(spec.samples, masks, strict=True):
+                    self._masks[spec.dataset, sample.image, sample.flipped] = mask.clone()
             for sample, latent in zip(spec.samples, latents, strict=True):
                 if not bool(torch.isfinite(latent).all()):
                     path = self.datasets[spec.dataset].images[sample.image].path
@@ -67,6 +73,13 @@ class LatentCache:
             [self._latents[spec.dataset, sample.image, sample.flipped] for sample in spec.samples]
         )
 
+    def masks(self, spec: BatchSpec) -> Tensor | None:
+        """Give the masks of a batch, of the size of its latents: fp32 [B, 1, h, w]."""
+        keys = [(spec.dataset, sample.image, sample.flipped) for sample in spec.samples]
+        if not any(key in self._masks for key in keys):
+            return None
+        return torch.stack([self._masks[key] for key in keys])
+
     def _specs(self, batch_size: int) -> list[BatchSpec]:
         specs = []
         for index, dataset in enumerate(self.datasets):
@@ -74,7 +87,7 @@ class LatentCache:
             for number, image in enumerate(dataset.images):
                 group = groups.setdefault(image.fit.bucket, [])
                 group.append(Sample(image=number, repeat=0))
-                if dataset.subset_of(image).flip_aug:
+                if dataset.subset_of(image).views.flip_aug:
                     group.append(Sample(image=number, repeat=0, flipped=True))
             specs += [
                 BatchSpec(

@@ -47,6 +47,12 @@ class CaptionOptions:
         return self.shuffle_caption or self.caption_tag_dropout_rate > 0
 
     @property
+    def unrepeatable(self) -> tuple[str, ...]:
+        """The options in use that make more captions of one than can be cached."""
+        names = ("shuffle_caption", "caption_tag_dropout_rate")
+        return tuple(name for name in names if getattr(self, name))
+
+    @property
     def drops_captions(self) -> bool:
         """Whether a sample may be trained with an empty caption."""
         return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sdxl_train.data.buckets import BucketOptions, Size
 from sdxl_train.data.captions import CaptionOptions
 from sdxl_train.data.dataset_file import CALLED_HERE, read_dataset_file
-from sdxl_train.data.dataset_options import DatasetOptions
+from sdxl_train.data.dataset_options import DEFAULT, DatasetOptions
+from sdxl_train.data.dataset_rules import face_crop_problems, mask_problems, subset_problems
 from sdxl_train.data.folders import expanded, file_problem, find_folders, folder_problem
+from sdxl_train.data.views import ViewOptions
 from sdxl_train.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -29,10 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULT", "DatasetConfig", "DatasetOptions", "SubsetConfig", "resolve_datasets"]
 
-OptionsT = TypeVar("OptionsT", BucketOptions, CaptionOptions)
-
-DEFAULT = "default"
-"""The origin of a value that nobody set."""
+OptionsT = TypeVar("OptionsT", BucketOptions, CaptionOptions, ViewOptions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,10 @@ class SubsetConfig:
         class_tokens: Caption of the images that have none.
         caption_extensions: Endings of caption files; the first one that exists is read.
         captions: What is done to captions.
-        flip_aug: Whether half of the samples are mirrored.
+        views: What differs about the images from time to time.
+        resize_interpolation: How images are resized; None: by area or lanczos, as it fits.
+        alpha_mask: Whether the images' own alpha channels are their masks.
+        mask_dir: Folder of the images' masks.
         origins: Where each value comes from, by option name.
     """
 
@@ -58,7 +60,10 @@ class SubsetConfig:
     class_tokens: str | None
     caption_extensions: tuple[str, ...]
     captions: CaptionOptions
-    flip_aug: bool
+    views: ViewOptions
+    resize_interpolation: str | None
+    alpha_mask: bool
+    mask_dir: Path | None
     origins: Mapping[str, str]
 
 
@@ -110,10 +115,14 @@ def resolve_datasets(
             remedy="name the images in one way only",
         )
         return [], [both], []
-    if options.dataset_config is not None:
-        return _from_file(options.dataset_config, options, place)
-    if folders:
-        return _from_folders(options, place)
+    if options.dataset_config is not None or folders:
+        datasets, problems, warnings = (
+            _from_file(options.dataset_config, options, place)
+            if options.dataset_config is not None
+            else _from_folders(options, place)
+        )
+        problems += mask_problems(datasets, options, place)
+        return datasets, problems, warnings
     nothing = Problem(
         place=place("train_data_dir"),
         message="no images to train on are named",
@@ -245,6 +254,7 @@ class _Resolver:
             )
             return
         batch_size, buckets = values.get("batch_size"), values.fill(BucketOptions)
+        self.problems += face_crop_problems(configs, buckets, values.origins["enable_bucket"])
         self.datasets.append(
             DatasetConfig(
                 place=where,
@@ -284,34 +294,33 @@ class _Resolver:
             class_tokens=values.get("class_tokens"),
             caption_extensions=(extension, ".txt") if is_default else (extension,),
             captions=values.fill(CaptionOptions),
-            flip_aug=values.get("flip_aug"),
+            views=values.fill(ViewOptions),
+            resize_interpolation=values.get("resize_interpolation"),
+            alpha_mask=values.get("alpha_mask"),
+            mask_dir=self._mask_folder(values, folder),
             origins=values.origins,
         )
-        if self.options.cache_text_encoder_outputs:
-            self.problems += _text_cache_problems(subset, self.place)
+        self.problems += subset_problems(subset, self.options, self.place)
         return subset
+
+    def _mask_folder(self, values: _Values, images: Path) -> Path | None:
+        given = values.get("conditioning_data_dir")
+        if given is None:
+            return None
+        folder = self._folder(str(given))
+        if values.origins["conditioning_data_dir"] == self.place("conditioning_data_dir"):
+            # One folder for all subsets: it may hold one for each, and none for regularization.
+            if values.get("is_reg"):
+                return None
+            inner = folder / images.name
+            folder = inner if inner.is_dir() else folder
+        problem = folder_problem(folder, values.origins["conditioning_data_dir"])
+        if problem:
+            self.problems.append(problem)
+            return None
+        return folder
 
     def _folder(self, text: str) -> Path:
         given = expanded(Path(text))
         beside = self.base / given
         return given if given.exists() or not beside.exists() else beside
-
-
-def _text_cache_problems(subset: SubsetConfig, place: Callable[[str], str]) -> list[Problem]:
-    """Refuse to cache the text of captions whose tags change each time."""
-    captions = subset.captions
-    changing = {
-        "shuffle_caption": captions.shuffle_caption,
-        "caption_tag_dropout_rate": captions.caption_tag_dropout_rate > 0,
-    }
-    return [
-        Problem(
-            place=subset.origins[name],
-            message=f"{name} of {subset.image_dir} would be frozen by "
-            f"{place('cache_text_encoder_outputs')}",
-            remedy=f"leave out {name} or cache_text_encoder_outputs "
-            "(caption_dropout_rate may stay)",
-        )
-        for name, changes in changing.items()
-        if changes
-    ]

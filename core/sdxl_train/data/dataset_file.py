@@ -16,7 +16,9 @@ from sdxl_train.data.dataset_options import (
     Count,
     DatasetOptions,
     Extension,
+    Interpolation,
     Positive,
+    Range,
     Resolution,
     Separator,
     Share,
@@ -48,6 +50,11 @@ class SubsetDefaults(BaseModel):
     caption_dropout_every_n_epochs: Count | None = None
     caption_tag_dropout_rate: Share | None = None
     flip_aug: bool | None = None
+    color_aug: bool | None = None
+    random_crop: bool | None = None
+    face_crop_aug_range: Range | None = None
+    resize_interpolation: Interpolation | None = None
+    alpha_mask: bool | None = None
 
 
 class SubsetTable(SubsetDefaults):
@@ -55,6 +62,7 @@ class SubsetTable(SubsetDefaults):
 
     image_dir: str = Field(min_length=1)
     is_reg: bool | None = None
+    conditioning_data_dir: str | None = Field(None, min_length=1)
 
 
 class DatasetDefaults(SubsetDefaults):

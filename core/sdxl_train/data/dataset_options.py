@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from sdxl_train.components import OptionModel
+
+DEFAULT = "default"
+"""The origin of a value that nobody set."""
 
 
 def parse_resolution(value: object) -> object:
@@ -41,6 +45,32 @@ Positive: TypeAlias = Annotated[int, Field(ge=1)]
 Separator: TypeAlias = Annotated[str, Field(min_length=1)]
 Extension: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_with_dot)]
 """A file name's ending; the dot is added where it is missing."""
+
+
+def parse_range(value: object) -> object:
+    """Read ``"2.0,4.0"`` or ``[2.0, 4.0]`` as (lowest, highest).
+
+    Raises:
+        ValueError: For anything else, and where the highest is below the lowest.
+    """
+    if value is None:
+        return None
+    items: list[object] = list(value) if isinstance(value, (list, tuple)) else str(value).split(",")
+    try:
+        numbers = [float(str(item)) for item in items if not isinstance(item, bool)]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] < math.inf:
+        raise ValueError(f"{value!r} is not a range: write 2.0,4.0 (lowest, highest), above 0")
+    return (numbers[0], numbers[1])
+
+
+Range: TypeAlias = Annotated[tuple[float, float], BeforeValidator(parse_range)]
+"""(lowest, highest), both above 0, written as ``LO,HI`` or a list."""
+Interpolation: TypeAlias = Literal[
+    "lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"
+]
+"""How pixels are computed where an image is resized."""
 
 
 class DatasetOptions(OptionModel):
@@ -100,6 +130,40 @@ class DatasetOptions(OptionModel):
     )
     caption_tag_dropout_rate: Share = Field(0.0, description="Probability that a tag is dropped.")
     flip_aug: bool = Field(False, description="Mirror half of the samples from left to right.")
+    color_aug: bool = Field(
+        False,
+        description="Shift the hue, or change the gamma, of a third of the samples a little.",
+    )
+    random_crop: bool = Field(
+        False,
+        description="Cut the overhang off at a random place instead of evenly. Without "
+        "enable_bucket the image is not even shrunk before.",
+    )
+    face_crop_aug_range: Range | None = Field(
+        None,
+        description="Crop around the face that a file name ending in _X_Y_W_H tells, with a side "
+        "of LO to HI times the face. Without enable_bucket only.",
+    )
+    resize_interpolation: Interpolation | None = Field(
+        None,
+        description="How images are resized. Unset: by area to shrink, lanczos to enlarge.",
+    )
+    alpha_mask: bool = Field(
+        False, description="Weigh the loss of each pixel by the image's own alpha channel."
+    )
+    masked_loss: bool = Field(
+        False, description="Weigh the loss of each pixel by the masks in conditioning_data_dir."
+    )
+    conditioning_data_dir: Path | None = Field(
+        None,
+        description="Folder of masks named like the images, white where the loss counts; of an "
+        "N_name folder, the masks may lie in a folder of that name inside it.",
+    )
+    masked_loss_normalize: bool = Field(
+        False,
+        description="Divide a masked loss by the masked share of the image, so that a small mask "
+        "counts as much as a large one.",
+    )
     dataset_repeats: Count = Field(
         1, description="Repeats an epoch of images whose folder or subset does not say its own."
     )

@@ -57,12 +57,14 @@ class ImageHeader:
         format: Its true format, whatever the name says: ``JPEG``.
         misnamed: Whether the name's ending belongs to another format.
         transparent: Whether it has transparency.
+        grey: Whether it has no colour.
     """
 
     size: Size
     format: str
     misnamed: bool
     transparent: bool
+    grey: bool
 
 
 @cache
@@ -94,6 +96,7 @@ def read_header(path: Path) -> ImageHeader:
             format=format_,
             misnamed=formats().get(path.suffix.lower(), format_) != format_,
             transparent=image.has_transparency_data,
+            grey=image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;"),
         )
 
 
@@ -110,26 +113,74 @@ def load_image(path: Path) -> Image.Image:
     return upright.transpose(turn) if turn is not None else upright
 
 
-def fit_image(image: Image.Image, fit: Fit) -> NDArray[np.uint8]:
+def load_with_alpha(path: Path) -> tuple[Image.Image, Image.Image]:
+    """Load an image as 8-bit RGB as it is under its transparency, and its alpha channel apart.
+
+    Without transparency the alpha is 255 everywhere. Both are upright.
+
+    Raises:
+        ImageError: If it cannot be decoded.
+    """
+    with _open(path) as image:
+        turn = _TURNS.get(_orientation(image))
+        _decode(path, image)
+        if image.has_transparency_data:
+            layer = image.convert("RGBA")
+            pair = layer.convert("RGB"), layer.getchannel("A")
+        else:
+            rgb = _to_rgb(image)
+            pair = rgb, rgb.getchannel("R").point([255] * 256)
+    return pair if turn is None else (pair[0].transpose(turn), pair[1].transpose(turn))
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Load a mask as 8-bit grey, upright: the red channel where it has colour, as in sd-scripts.
+
+    Raises:
+        ImageError: If it cannot be decoded.
+    """
+    return load_with_alpha(path)[0].getchannel("R")
+
+
+def fit_image(image: Image.Image, fit: Fit, interpolation: str | None = None) -> NDArray[np.uint8]:
     """Resize and crop to the training size.
 
-    Shrinking on both sides uses Pillow's Hamming filter: of its filters the nearest, over all
-    factors, to averaging by area, which sd-scripts does with OpenCV (Pillow's own box filter does
-    not weigh partly covered pixels and leaves jagged edges). Otherwise Lanczos, as there.
+    Without an interpolation of its own, shrinking on both sides uses Pillow's Hamming filter: of
+    its filters the nearest, over all factors, to averaging by area, which sd-scripts does with
+    OpenCV (Pillow's own box filter does not weigh partly covered pixels and leaves jagged edges).
+    Otherwise Lanczos, as there.
+
+    Args:
+        image: 8-bit RGB or grey.
+        fit: Where the training size lies in it.
+        interpolation: One of ``dataset_options.Interpolation``; ``area`` is the Hamming filter.
 
     Returns:
-        uint8 [height, width, 3].
+        uint8 [height, width, 3], or [height, width] of grey.
     """
     import numpy as np
     from PIL.Image import Resampling
 
     if image.size != fit.resized:
         shrinks = fit.resized[0] <= image.width and fit.resized[1] <= image.height
-        image = image.resize(fit.resized, Resampling.HAMMING if shrinks else Resampling.LANCZOS)
+        name = _RESAMPLING[interpolation or ("area" if shrinks else "lanczos")]
+        image = image.resize(fit.resized, Resampling[name])
     left, top = fit.crop
     box = (left, top, left + fit.bucket[0], top + fit.bucket[1])
     return np.array(image.crop(box))
 
+
+_RESAMPLING = {
+    "lanczos": "LANCZOS",
+    "nearest": "NEAREST",
+    "bilinear": "BILINEAR",
+    "linear": "BILINEAR",
+    "bicubic": "BICUBIC",
+    "cubic": "BICUBIC",
+    "area": "HAMMING",
+    "box": "BOX",
+}
+"""Pillow's filter by the name of an interpolation."""
 
 # The transposition that undoes each EXIF orientation (EXIF 2.3, tag 0x0112), as Pillow numbers
 # them: FLIP_LEFT_RIGHT 0, FLIP_TOP_BOTTOM 1, ROTATE_90 2 (counter-clockwise), ROTATE_180 3,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.data.folders import folders_with_images
 from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
+from sdxl_train.data.views import split_face
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,11 +130,39 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
+def list_masks(
+    folder: Path, images: Sequence[Path], remarks: Remarks
+) -> tuple[list[Path | None], list[Skipped]]:
+    """Find the mask of each image, an image of the same name in another folder.
+
+    Returns:
+        The masks, None for an image that has none; and the images in the folder that are no masks.
+
+    Raises:
+        OSError: If the folder cannot be read.
+    """
+    by_stem: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if is_image_name(path.name) and not path.is_dir():
+            if path.stem in by_stem:
+                remarks.add("a second mask of the same name, left out", path)
+            by_stem.setdefault(path.stem, path)
+    masks = [by_stem.get(image.stem) for image in images]
+    used = set(masks)
+    reason = "mask without an image"
+    skipped = [Skipped(path=p, reason=reason) for p in by_stem.values() if p not in used]
+    for entry in skipped:
+        remarks.add(f"{reason}, left out", entry.path)
+    return masks, skipped
+
+
 def _caption_of(image: Path, others: dict[str, Path], extensions: Sequence[str]) -> Path | None:
-    for extension in extensions:
-        for ending in (extension, extension.upper()):
-            if found := others.get(image.stem + ending):
-                return found
+    stems = dict.fromkeys((image.stem, split_face(image.stem)[0]))
+    for stem in stems:
+        for extension in extensions:
+            for ending in (extension, extension.upper()):
+                if found := others.get(stem + ending):
+                    return found
     return None
 
 

@@ -7,26 +7,51 @@ main process. No global random generator is drawn from or seeded.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from sdxl_train.data.batches import Batch, BatchSpec
-from sdxl_train.data.images import ImageError, fit_image, load_image
+from sdxl_train.data.images import (
+    ImageError,
+    fit_image,
+    load_image,
+    load_mask,
+    load_with_alpha,
+)
+from sdxl_train.data.views import coloured
 from sdxl_train.errors import TrainingError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from torch import Tensor
+    from numpy.typing import NDArray
+    from PIL import Image
 
-    from sdxl_train.data.batches import BatchPlan
+    from sdxl_train.data.batches import BatchPlan, Sample
     from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.cache import LatentCache, TextCache
-    from sdxl_train.data.sources import Dataset
+    from sdxl_train.data.dataset_config import SubsetConfig
+    from sdxl_train.data.sources import Dataset, ImageRecord
+
+
+class Images(NamedTuple):
+    """The images of a batch.
+
+    Attributes:
+        pixels: fp32 [B, 3, H, W] in [-1, 1].
+        masks: fp32 [B, 1, H, W] in [0, 1], ones for an image without a mask; None if no image of
+            the batch has one.
+    """
+
+    pixels: Tensor
+    masks: Tensor | None
 
 
 class PixelLoader:
@@ -43,7 +68,7 @@ class PixelLoader:
     ) -> None:
         self._specs: list[BatchSpec] = []
         workers = min(num_workers, _num_cores())
-        self._loader: DataLoader[Tensor | str] | None = DataLoader(
+        self._loader: DataLoader[_Decoded | str] | None = DataLoader(
             _BatchImages(datasets),
             sampler=_SpecSampler(self._specs),
             batch_size=None,
@@ -53,18 +78,22 @@ class PixelLoader:
             generator=torch.Generator(),
         )
 
-    def load(self, specs: Sequence[BatchSpec]) -> Iterator[Tensor]:
-        """Give the pixels of each batch: fp32 [B, 3, H, W] in [-1, 1].
+    def load(self, specs: Sequence[BatchSpec]) -> Iterator[Images]:
+        """Give the images of each batch.
 
         Raises:
             TrainingError: If an image cannot be decoded; with its path.
         """
         assert self._loader is not None, "the loader is closed"
         self._specs[:] = specs
-        for pixels in self._loader:
-            if isinstance(pixels, str):
-                raise TrainingError(pixels)
-            yield (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+        for decoded in self._loader:
+            if isinstance(decoded, str):
+                raise TrainingError(decoded)
+            pixels, masks = decoded
+            yield Images(
+                (pixels.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5,
+                masks[:, None].float() / 255 if masks is not None else None,
+            )
 
     def close(self) -> None:
         """End the worker processes. Left to the garbage collector, that can take seconds."""
@@ -104,18 +133,22 @@ class BatchLoader:
         """
         if self.latents is not None:
             for spec in specs:
-                yield self._batch(spec, None, self.latents.latents(spec))
+                latents, masks = self.latents.latents(spec), self.latents.masks(spec)
+                yield self._batch(spec, None, latents, masks)
         else:
-            for spec, pixels in zip(specs, self.pixels.load(specs), strict=True):
-                yield self._batch(spec, pixels, None)
+            for spec, images in zip(specs, self.pixels.load(specs), strict=True):
+                yield self._batch(spec, images.pixels, None, images.masks)
 
-    def _batch(self, spec: BatchSpec, pixels: Tensor | None, latents: Tensor | None) -> Batch:
+    def _batch(
+        self, spec: BatchSpec, pixels: Tensor | None, latents: Tensor | None, masks: Tensor | None
+    ) -> Batch:
         dataset = self.plan.datasets[spec.dataset]
         images = [dataset.images[sample.image] for sample in spec.samples]
         captions = self.plan.captions(spec)
+        fits = [sample.fit or image.fit for image, sample in zip(images, spec.samples, strict=True)]
         crops = [
-            (image.fit.crop[1], image.fit.crop_left(flipped=sample.flipped))
-            for image, sample in zip(images, spec.samples, strict=True)
+            (fit.crop[1], fit.crop_left(flipped=sample.flipped))
+            for fit, sample in zip(fits, spec.samples, strict=True)
         ]
         weights = [self.prior_loss_weight if image.is_reg else 1.0 for image in images]
         return Batch(
@@ -128,33 +161,100 @@ class BatchLoader:
             target_size=torch.tensor([image.fit.bucket[::-1] for image in images]),
             loss_weights=torch.tensor(weights, dtype=torch.float32),
             keys=[image.key for image in images],
+            masks=masks,
         )
 
 
-class _BatchImages(TorchDataset["Tensor | str"]):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """What a worker knows of an image."""
+
+    path: Path
+    size: Size
+    fit: Fit
+    interpolation: str | None
+    mask: Path | None
+    alpha_mask: bool
+
+    @classmethod
+    def of(cls, image: ImageRecord, subset: SubsetConfig) -> _Source:
+        return cls(
+            path=image.path,
+            size=image.size,
+            fit=image.fit,
+            interpolation=subset.resize_interpolation,
+            mask=image.mask,
+            alpha_mask=subset.alpha_mask,
+        )
+
+    def view(self, sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+        """Give the pixels [H, W, 3] of a sample, and its mask [H, W] if it has one.
+
+        Raises:
+            ImageError: If a file cannot be decoded or is not what it was; with its path.
+        """
+        image, mask = self._load()
+        if image.size != self.size:
+            now, then = (f"{width}x{height}" for width, height in (image.size, self.size))
+            raise ImageError(f"{self.path}: has changed since the start: {now} instead of {then}")
+        fit = sample.fit or self.fit
+        pixels = fit_image(image, fit, self.interpolation)
+        if sample.colour is not None:
+            pixels = coloured(pixels, sample.colour)
+        weights = fit_image(mask, fit, self.interpolation) if mask is not None else None
+        if sample.flipped:
+            pixels = pixels[:, ::-1]
+            weights = weights[:, ::-1] if weights is not None else None
+        return pixels, weights
+
+    def _load(self) -> tuple[Image.Image, Image.Image | None]:
+        path = self.path
+        try:
+            if self.alpha_mask:
+                return load_with_alpha(path)
+            image, mask = load_image(path), None
+            if self.mask is not None:
+                path = self.mask
+                mask = load_mask(path)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from None
+        if mask is not None and mask.size != image.size:
+            mask = mask.resize(image.size)
+        return image, mask
+
+
+class _BatchImages(TorchDataset["_Decoded | str"]):
     """The decoded images of a batch; its index is the batch's specification."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self._files: list[list[tuple[Path, Size, Fit]]] = [
-            [(image.path, image.size, image.fit) for image in dataset.images]
+        self._sources = [
+            [_Source.of(image, dataset.subset_of(image)) for image in dataset.images]
             for dataset in datasets
         ]
 
-    def __getitem__(self, spec: BatchSpec) -> Tensor | str:
-        """Give uint8 [B, H, W, 3], a quarter of the size to send between processes, or a fault."""
-        arrays = []
+    def __getitem__(self, spec: BatchSpec) -> _Decoded | str:
+        """Give the images and masks in bytes, a quarter of the size to send, or a fault."""
+        images: list[Tensor] = []
+        masks: list[Tensor | None] = []
         for sample in spec.samples:
-            path, size, fit = self._files[spec.dataset][sample.image]
             try:
-                image = load_image(path)
+                pixels, mask = self._sources[spec.dataset][sample.image].view(sample)
             except ImageError as error:
-                return f"{path}: {error}"
-            if image.size != size:
-                now, then = (f"{width}x{height}" for width, height in (image.size, size))
-                return f"{path}: has changed since the start: {now} instead of {then}"
-            pixels = torch.from_numpy(fit_image(image, fit))
-            arrays.append(pixels.flip(1) if sample.flipped else pixels)
-        return torch.stack(arrays)
+                return str(error)
+            images.append(torch.from_numpy(np.ascontiguousarray(pixels)))
+            masks.append(None if mask is None else torch.from_numpy(np.ascontiguousarray(mask)))
+        return torch.stack(images), _stacked(masks, images[0].shape[:2])
+
+
+_Decoded: TypeAlias = "tuple[Tensor, Tensor | None]"
+"""uint8 [B, H, W, 3] and, if any image has a mask, uint8 [B, H, W]."""
+
+
+def _stacked(masks: Sequence[Tensor | None], size: torch.Size) -> Tensor | None:
+    if all(mask is None for mask in masks):
+        return None
+    whole = torch.full(size, 255, dtype=torch.uint8)
+    return torch.stack([whole if mask is None else mask for mask in masks])
 
 
 class _SpecSampler:

@@ -58,9 +58,9 @@ def _single(dataset: Dataset) -> dict[str, Any]:
     return {
         "ss_batch_size_per_device": config.batch_size,
         "ss_resolution": config.resolution,
-        "ss_color_aug": False,
-        "ss_flip_aug": subset.flip_aug,
-        "ss_random_crop": False,
+        "ss_color_aug": subset.views.color_aug,
+        "ss_flip_aug": subset.views.flip_aug,
+        "ss_random_crop": subset.views.random_crop,
         "ss_shuffle_caption": subset.captions.shuffle_caption,
         "ss_enable_bucket": config.buckets.enable_bucket,
         "ss_bucket_no_upscale": config.buckets.bucket_no_upscale,
@@ -86,7 +86,7 @@ def _dataset(dataset: Dataset) -> dict[str, Any]:
         "max_bucket_reso": config.buckets.max_bucket_reso,
         "tag_frequency": _tag_frequencies([dataset]),
         "bucket_info": _bucket_info(dataset),
-        "resize_interpolation": None,
+        "resize_interpolation": _of_all(config.subsets),
         "subsets": [
             _subset(subset, _images_of(dataset, index))
             for index, subset in enumerate(config.subsets)
@@ -99,9 +99,9 @@ def _subset(subset: SubsetConfig, images: Sequence[ImageRecord]) -> dict[str, An
     return {
         "img_count": len(images),
         "num_repeats": subset.num_repeats,
-        "color_aug": False,
-        "flip_aug": subset.flip_aug,
-        "random_crop": False,
+        "color_aug": subset.views.color_aug,
+        "flip_aug": subset.views.flip_aug,
+        "random_crop": subset.views.random_crop,
         "shuffle_caption": captions.shuffle_caption,
         "keep_tokens": captions.keep_tokens,
         "keep_tokens_separator": captions.keep_tokens_separator,
@@ -109,12 +109,18 @@ def _subset(subset: SubsetConfig, images: Sequence[ImageRecord]) -> dict[str, An
         "enable_wildcard": False,
         "caption_prefix": captions.caption_prefix or None,
         "caption_suffix": captions.caption_suffix or None,
-        "resize_interpolation": None,
+        "resize_interpolation": subset.resize_interpolation,
         "image_dir": subset.image_dir.name,
         **{name: getattr(captions, name) for name in _DROPOUT},
         "class_tokens": subset.class_tokens,
         "is_reg": subset.is_reg,
     }
+
+
+def _of_all(subsets: Sequence[SubsetConfig]) -> str | None:
+    """Give the interpolation that all subsets share, if they do."""
+    values = {subset.resize_interpolation for subset in subsets}
+    return values.pop() if len(values) == 1 else None
 
 
 def _bucket_info(dataset: Dataset) -> dict[str, Any]:

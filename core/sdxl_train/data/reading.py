@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from sdxl_train.data.captions import CaptionError
 from sdxl_train.data.images import ImageError
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sdxl_train.data.images import ImageHeader
     from sdxl_train.data.scan_index import ScanIndex
 
+_Files: TypeAlias = "tuple[Path, Path | None, Path | None]"
+"""An image, its caption file and its mask."""
+
 _AT_ONCE = 100
 """Images of one task: a task for each image would take longer to hand over than to do."""
 
@@ -29,8 +32,10 @@ class Read:
 
     path: Path
     caption_path: Path | None
+    mask_path: Path | None
     header: ImageHeader | ImageError
     caption: CaptionFile | Problem | None
+    mask: ImageHeader | ImageError | None
 
 
 class Reader:
@@ -55,31 +60,41 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def read(self, images: Sequence[Path], captions: Sequence[Path | None]) -> Iterator[Read]:
-        """Read images and their caption files, in their order."""
-        starts = range(0, len(images), _AT_ONCE)
-        parts = [(images[at : at + _AT_ONCE], captions[at : at + _AT_ONCE]) for at in starts]
+    def read(
+        self,
+        images: Sequence[Path],
+        captions: Sequence[Path | None],
+        masks: Sequence[Path | None],
+    ) -> Iterator[Read]:
+        """Read images with their caption files and masks, in their order."""
+        files = list(zip(images, captions, masks, strict=True))
+        parts = [files[at : at + _AT_ONCE] for at in range(0, len(files), _AT_ONCE)]
         # What is known needs no waiting, and threads only get in each other's way.
         tasks = [
-            None if self._known(*part) else self._pool.submit(self._some, *part) for part in parts
+            None if self._known(part) else self._pool.submit(self._some, part) for part in parts
         ]
         for part, task in zip(parts, tasks, strict=True):
-            yield from self._some(*part) if task is None else task.result()
+            yield from self._some(part) if task is None else task.result()
 
-    def _known(self, images: Sequence[Path], captions: Sequence[Path | None]) -> bool:
-        return all(self.index.knows_image(path, decoded=self.decode) for path in images) and all(
-            self.index.knows_caption(path) for path in captions if path
+    def _known(self, files: Sequence[_Files]) -> bool:
+        return all(
+            self.index.knows_image(image, decoded=self.decode)
+            and (caption is None or self.index.knows_caption(caption))
+            and (mask is None or self.index.knows_image(mask, decoded=self.decode))
+            for image, caption, mask in files
         )
 
-    def _some(self, images: Sequence[Path], captions: Sequence[Path | None]) -> list[Read]:
+    def _some(self, files: Sequence[_Files]) -> list[Read]:
         return [
             Read(
                 path=path,
                 caption_path=caption,
+                mask_path=mask,
                 header=self._header(path),
                 caption=self._caption(caption) if caption else None,
+                mask=self._header(mask) if mask else None,
             )
-            for path, caption in zip(images, captions, strict=True)
+            for path, caption, mask in files
         ]
 
     def _header(self, path: Path) -> ImageHeader | ImageError:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.data.buckets import SizeError, bucket_warnings, check_buckets, fitter
 from sdxl_train.data.captions import caption_warnings
 from sdxl_train.data.dataset_config import DEFAULT
-from sdxl_train.data.images import ImageError
-from sdxl_train.data.listing import Remarks, Skipped, list_folder
+from sdxl_train.data.images import ImageError, ImageHeader
+from sdxl_train.data.listing import Remarks, Skipped, list_folder, list_masks
 from sdxl_train.data.reading import Reader
 from sdxl_train.data.regularization import balanced
 from sdxl_train.data.scan_index import ScanIndex
 from sdxl_train.data.validation import fixed, held_out, validation_images
+from sdxl_train.data.views import split_face
 from sdxl_train.errors import Problem
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
-    from sdxl_train.data.images import ImageHeader
     from sdxl_train.data.listing import Listing
     from sdxl_train.data.reading import Read
 
@@ -46,6 +46,7 @@ class ImageRecord:
         is_reg: Whether it is a regularization image.
         subset: Index of its subset in the dataset's configuration.
         fit: How it gets its training size.
+        mask: The file of its mask.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class ImageRecord:
     is_reg: bool
     subset: int
     fit: Fit
+    mask: Path | None = None
 
     @property
     def key(self) -> str:
@@ -171,7 +173,7 @@ class _Scanner:
 
     def images(self, config: DatasetConfig) -> list[ImageRecord]:
         """Scan one dataset; it has no images where its sizes are not valid."""
-        fit = self._fitter(config)
+        sizes_are_valid = self._check_sizes(config)
         images: list[ImageRecord] = []
         seen: set[tuple[Path, bool]] = set()
         for index, subset in enumerate(config.subsets):
@@ -183,6 +185,11 @@ class _Scanner:
                 )
                 continue
             seen.add(role)
+            fit = (
+                fitter(config.resolution, config.buckets, uncut=subset.views.random_crop)
+                if sizes_are_valid
+                else None
+            )
             images += self._subset(subset, index, fit)
         if config.subsets and all(subset.is_reg for subset in config.subsets):
             message = "has regularization images only, and nothing to train"
@@ -225,7 +232,7 @@ class _Scanner:
         origin = config.origins[name]
         return self.place(name) if origin == DEFAULT else origin
 
-    def _fitter(self, config: DatasetConfig) -> Callable[[Size], Fit] | None:
+    def _check_sizes(self, config: DatasetConfig) -> bool:
         problems = check_buckets(
             config.resolution,
             config.buckets,
@@ -234,13 +241,13 @@ class _Scanner:
         )
         self.problems += problems
         if problems:
-            return None
+            return False
         self.warnings += bucket_warnings(
             config.resolution,
             config.buckets,
             is_default=lambda name: config.origins[name] == DEFAULT,
         )
-        return fitter(config.resolution, config.buckets)
+        return True
 
     def _subset(
         self, subset: SubsetConfig, index: int, fit: Callable[[Size], Fit] | None
@@ -253,7 +260,8 @@ class _Scanner:
             return []
         self.skipped += listing.skipped
         self._check_listing(subset, listing)
-        read = self.reader.read(listing.images, listing.captions)
+        masks = self._masks(subset, listing)
+        read = self.reader.read(listing.images, listing.captions, masks)
         records = [record for entry in read if (record := self._record(entry, subset, index, fit))]
         if listing.images and not records and self.skip_bad:
             message = f"no image in {subset.image_dir} can be used, they are all left out"
@@ -311,8 +319,10 @@ class _Scanner:
             self._bad_image(read.path, str(read.header))
             return None
         chosen = self._fit(read.path, read.header, fit)
-        if chosen is None:
+        if chosen is None or not self._mask_fits(read, subset):
             return None
+        if subset.views.face_crop_aug_range and split_face(read.path.stem)[1] is None:
+            self.remarks.add("no face in the name (_X_Y_W_H), cropped at the centre", read.path)
         return ImageRecord(
             path=read.path,
             size=read.header.size,
@@ -322,15 +332,62 @@ class _Scanner:
             is_reg=subset.is_reg,
             subset=index,
             fit=chosen,
+            mask=read.mask_path,
         )
+
+    def _masks(self, subset: SubsetConfig, listing: Listing) -> list[Path | None]:
+        """Give the mask of each image, if the subset has any."""
+        if subset.mask_dir is None:
+            return [None] * len(listing.images)
+        try:
+            masks, skipped = list_masks(subset.mask_dir, listing.images, self.remarks)
+        except OSError as error:
+            message = f"{subset.mask_dir} cannot be read: {error.strerror}"
+            self.problems.append(Problem(place=subset.place, message=message))
+            return [None] * len(listing.images)
+        self.skipped += skipped
+        bare = [
+            image.name for image, mask in zip(listing.images, masks, strict=True) if mask is None
+        ]
+        if bare:
+            more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
+            self.problems.append(
+                Problem(
+                    place=subset.origins["conditioning_data_dir"],
+                    message=f"{len(bare)} of {len(masks)} images in {subset.image_dir} have no "
+                    f"mask in {subset.mask_dir}: {', '.join(bare[:5])}{more}",
+                    remedy="a mask has the name of its image; images without one go into a subset "
+                    "of their own",
+                )
+            )
+        return masks
+
+    def _mask_fits(self, read: Read, subset: SubsetConfig) -> bool:
+        """Check the mask against its image, whose head is good."""
+        header = read.header
+        assert isinstance(header, ImageHeader)
+        if subset.alpha_mask:
+            if not header.transparent:
+                self.remarks.add("no alpha channel, so all of it counts (alpha_mask)", read.path)
+        elif header.transparent:
+            self.remarks.add("transparent, laid on white", read.path)
+        if read.mask is None:
+            return True
+        assert read.mask_path is not None
+        if isinstance(read.mask, ImageError):
+            self._bad_image(read.mask_path, str(read.mask))
+            return False
+        if read.mask.size != header.size:
+            self.remarks.add("a mask of another size than its image, resized", read.mask_path)
+        if not read.mask.grey:
+            self.remarks.add("a mask in colour, its red channel counts", read.mask_path)
+        return True
 
     def _fit(
         self, path: Path, header: ImageHeader, fit: Callable[[Size], Fit] | None
     ) -> Fit | None:
         if header.misnamed:
             self.remarks.add(f"in truth {header.format}, read as that", path)
-        if header.transparent:
-            self.remarks.add("transparent, laid on white", path)
         width, height = header.size
         if min(width, height) < self.multiple:
             self._bad_image(path, f"{width}x{height} is less than {self.multiple} pixels on a side")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from sdxl_train.data.views import ViewOptions
 from sdxl_train.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def validation_images(
 def fixed(config: DatasetConfig) -> DatasetConfig:
     """Give a dataset's configuration with nothing left to chance, to validate with."""
     subsets = tuple(
-        replace(subset, captions=subset.captions.without_chance(), flip_aug=False)
+        replace(subset, captions=subset.captions.without_chance(), views=ViewOptions())
         for subset in config.subsets
     )
     return replace(config, subsets=subsets)

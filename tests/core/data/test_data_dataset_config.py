@@ -130,7 +130,7 @@ shuffle_caption = false
     assert subset.origins["num_repeats"] == f"{path}:11: datasets[0].subsets[0].num_repeats"
     assert subset.captions.shuffle_caption is False
     assert subset.captions.keep_tokens == 2
-    assert (subset.flip_aug, subset.origins["flip_aug"]) == (True, "--flip_aug")
+    assert (subset.views.flip_aug, subset.origins["flip_aug"]) == (True, "--flip_aug")
     assert subset.origins["caption_prefix"] == "default"
     assert subset.captions.caption_prefix == ""
 
@@ -304,14 +304,6 @@ num_repeats = -1
         assert told[key].endswith(remedy), told[key]
     assert told["datasets[0].subsets[0].num_repeats"].startswith(f"{path}:11: ")
     assert told["datasets[0].subsets[1].image_dir"].startswith(f"{path}:15: ")
-
-
-@pytest.mark.parametrize("key", ["random_crop", "color_aug", "metadata_file", "enable_wildcard"])
-def test_keys_without_effect_are_not_accepted(tmp_path: Path, cats: Path, key: str) -> None:
-    (problem,) = problems_of(
-        tmp_path, f"[[datasets]]\n[[datasets.subsets]]\nimage_dir='{cats}'\n{key} = true\n"
-    )
-    assert f"datasets[0].subsets[0].{key}: is not a key of this table" in problem
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Options of datasets that contradict one another, or would have no effect."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdxl_train.data.dataset_options import DEFAULT
+from sdxl_train.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sdxl_train.data.buckets import BucketOptions
+    from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
+    from sdxl_train.data.dataset_options import DatasetOptions
+
+
+def subset_problems(
+    subset: SubsetConfig, options: DatasetOptions, place: Callable[[str], str]
+) -> Iterator[Problem]:
+    """Yield what is wrong with the options of a subset among themselves."""
+    if options.cache_latents:
+        yield from _frozen(subset, subset.views.unrepeatable, place("cache_latents"), "")
+    if options.cache_text_encoder_outputs:
+        keeps = " (caption_dropout_rate may stay)"
+        yield from _frozen(
+            subset, subset.captions.unrepeatable, place("cache_text_encoder_outputs"), keeps
+        )
+    if subset.mask_dir is not None and subset.alpha_mask:
+        yield Problem(
+            place=subset.origins["alpha_mask"],
+            message=f"the masks of {subset.image_dir} would be its alpha channels, and those in "
+            f"{subset.mask_dir} ({subset.origins['conditioning_data_dir']})",
+            remedy="leave out one of the two",
+        )
+    if subset.mask_dir is not None and not options.masked_loss:
+        yield Problem(
+            place=subset.origins["conditioning_data_dir"],
+            message="has no effect without masked_loss",
+            remedy="add --masked_loss, or leave it out",
+        )
+
+
+def face_crop_problems(
+    subsets: Sequence[SubsetConfig], buckets: BucketOptions, bucket_origin: str
+) -> Iterator[Problem]:
+    """Yield the subsets whose crops around faces have no effect because of buckets."""
+    for subset in subsets:
+        if subset.views.face_crop_aug_range and buckets.enable_bucket:
+            yield Problem(
+                place=subset.origins["face_crop_aug_range"],
+                message=f"has no effect with enable_bucket ({bucket_origin})",
+                remedy="leave out one of the two",
+            )
+
+
+def mask_problems(
+    datasets: Sequence[DatasetConfig], options: DatasetOptions, place: Callable[[str], str]
+) -> Iterator[Problem]:
+    """Yield options of masks that have no mask to act on."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    # A folder that is named but not there is a problem already.
+    names_folder = any(subset.origins["conditioning_data_dir"] != DEFAULT for subset in subsets)
+    if not subsets or names_folder or any(subset.alpha_mask for subset in subsets):
+        return
+    for name in ("masked_loss", "masked_loss_normalize"):
+        if getattr(options, name):
+            yield Problem(
+                place=place(name),
+                message="has no effect: no subset has masks",
+                remedy="name their folder as conditioning_data_dir, or set alpha_mask, or leave "
+                "it out",
+            )
+
+
+def _frozen(
+    subset: SubsetConfig, names: Sequence[str], cache: str, keeps: str
+) -> Iterator[Problem]:
+    """Yield what a cache would make the same each time."""
+    for name in names:
+        yield Problem(
+            place=subset.origins[name],
+            message=f"{name} of {subset.image_dir} would be frozen by {cache}",
+            remedy=f"leave out {name} or {cache.lstrip('-')}{keeps}",
+        )

@@ -55,7 +55,7 @@ def parse_range(value: object) -> object:
     """
     if value is None:
         return None
-    items: list[object] = list(value) if isinstance(value, (list, tuple)) else str(value).split(",")
+    items = list(value) if isinstance(value, (list, tuple)) else str(value).split(",")
     try:
         numbers = [float(str(item)) for item in items if not isinstance(item, bool)]
     except ValueError:

@@ -187,7 +187,7 @@ def test_views_that_a_cache_or_buckets_forbid_are_refused(
 @pytest.mark.parametrize("text", ["2", "3,2", "0,1", "a,b", "1,2,3", ""])
 def test_a_range_needs_two_numbers_in_order(text: str) -> None:
     with pytest.raises(ValueError, match="range"):
-        DatasetOptions(face_crop_aug_range=text)  # type: ignore[arg-type]
+        DatasetOptions(face_crop_aug_range=text)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ class LoadedSdxl:
     ) -> None:
         self.denoiser: nn.Module = modules.unet
         self.text_encoders: tuple[nn.Module, ...] = (modules.te1, modules.te2)
-        self.schedule = schedule.to(device)
+        # A plan knows no weights, but the numbers of the schedule.
+        self.schedule = schedule if device.type == "meta" else schedule.to(device)
         self.latent_scale = 2 ** (len(modules.vae.config["block_out_channels"]) - 1)
         self.latent_scaling = latent_scaling
         self.tokenizers = modules.tokenizers

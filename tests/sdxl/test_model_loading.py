@@ -436,3 +436,10 @@ def test_scale_of_latents_is_that_of_the_folder(
     assert config["scaling_factor"] == 0.13025
     path.write_text(json.dumps({**config, "scaling_factor": 0.5}))
     assert load_sdxl(tmp_path / "model", "meta").latent_scaling == 0.5
+
+
+def test_schedule_has_its_numbers_where_weights_have_none(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+) -> None:
+    planned, real = load_sdxl(tiny_file, "meta").schedule, load_sdxl(tiny_file).schedule
+    assert torch.equal(planned.alphas_cumprod, real.alphas_cumprod)

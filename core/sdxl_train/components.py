@@ -29,6 +29,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Generator, LongTensor, Tensor, device, dtype, nn
     from torch.optim import Optimizer as TorchOptimizer
@@ -288,6 +289,18 @@ class Model(Component):
 
         ``device="meta"`` reads no weights: the shapes are enough to plan a run.
         """
+
+    @classmethod
+    def write_tiny(cls, path: Path, *, seed: int = 0) -> Path:
+        """Write a small random model of this family to a new ``path``, and give the path.
+
+        It has the topology and the names of the real ones, so that tests of plugins can train on
+        it in seconds.
+
+        Raises:
+            NotImplementedError: If the family offers none.
+        """
+        raise NotImplementedError(f"{cls.__name__} offers no tiny model")
 
 
 class Network(Component):

@@ -187,6 +187,13 @@ class Sdxl(Model):
 
         return load(self, torch.device(device), dtype)
 
+    @classmethod
+    def write_tiny(cls, path: Path, *, seed: int = 0) -> Path:
+        """Write a tiny SDXL as a diffusers folder; see :mod:`.tiny`."""
+        from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+
+        return write_tiny_sdxl(path, seed=seed)
+
     def _check_training(self, config: RunConfig) -> Iterator[Problem]:
         """Yield what is wrong with the choice of parts to adapt."""
         if self.network_train_unet_only and self.network_train_text_encoder_only:

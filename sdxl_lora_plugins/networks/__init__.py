@@ -89,7 +89,9 @@ class Lokr(BlockNetwork):
         description="Size of the first Kronecker factor, at most; -1: as square as it can be.",
     )
     decompose_both: bool = Field(False, description="Low rank for the first factor too.")
-    full_matrix: bool = Field(False, description="No low rank: train both factors whole.")
+    full_matrix: bool = Field(
+        False, description="No low rank: train both factors whole, whatever rank and alpha."
+    )
 
     def metadata(self) -> dict[str, str]:
         """Name the format as tools know it."""

@@ -29,7 +29,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from torch import Generator, LongTensor, Tensor, device, dtype, nn
     from torch.optim import Optimizer as TorchOptimizer

@@ -40,11 +40,13 @@ class Sampler:
         scheduler: Name of the class, in diffusers or in :mod:`.sampling`.
         title: What A1111's picture parameters call it.
         options: How it differs from the class's defaults.
+        takes_spacing: Whether timesteps can be spaced otherwise than evenly from the last one.
     """
 
     scheduler: str
     title: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    takes_spacing: bool = True
 
 
 _KARRAS: Final = {"use_karras_sigmas": True}
@@ -67,7 +69,7 @@ SAMPLERS: Final[dict[SamplerName, Sampler]] = {
         {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     ),
     "dpmsolver++": Sampler("DPMSolverMultistepScheduler", "DPM++ 2M", _DPM_PLUS),
-    "dpmsingle": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", _DPM_PLUS),
+    "dpmsingle": Sampler("DPMSolverSinglestepScheduler", "DPM++ 2S", _DPM_PLUS, False),
     "k_lms": Sampler("LMSDiscreteScheduler", "LMS Karras", _KARRAS),
     "k_euler": Sampler("EulerDiscreteScheduler", "Euler Karras", _KARRAS),
     "k_euler_a": Sampler("KarrasEulerAncestralScheduler", "Euler a Karras"),

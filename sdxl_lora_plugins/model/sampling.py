@@ -56,12 +56,15 @@ def make_scheduler(name: str, schedule: NoiseSchedule) -> Any:
     ends_in_noise = signal[-1].item() < _SMALLEST_SIGNAL
     signal = signal.clamp_min(_SMALLEST_SIGNAL)
     before = torch.cat([torch.ones(1, dtype=signal.dtype), signal[:-1]])
+    spacing = {
+        "timestep_spacing": "trailing" if ends_in_noise else "leading",
+        "steps_offset": 1,
+    }
     return kind(
         num_train_timesteps=schedule.num_timesteps,
         trained_betas=(1 - signal / before).tolist(),
         prediction_type=schedule.prediction_type,
-        timestep_spacing="trailing" if ends_in_noise else "leading",
-        steps_offset=1,
+        **(spacing if sampler.takes_spacing else {}),
         **sampler.options,
     )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # diffusers' schedulers make numpy arrays of tensors in a way that numpy 2 deprecates.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*algorithm_types dpmsolver:FutureWarning"),
 ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdxl_lora_plugins.model import configs, kinds, names
 from sdxl_lora_plugins.model.headers import BadFileError, Header, counted, read_header
+from sdxl_lora_plugins.model.origins import Origin, openclip_origin
 from sdxl_train import UserError
 
 if TYPE_CHECKING:
@@ -39,31 +39,6 @@ _HARMLESS = re.compile(
 """Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where the values of a parameter are in a file.
-
-    Attributes:
-        name: The tensor in the file.
-        third: Which third of its rows (query, key, value); None for all of them.
-        transposed: Whether the file keeps the matrix transposed.
-        flattened: Whether the file keeps the matrix as a convolution of one pixel.
-    """
-
-    name: str
-    third: int | None = None
-    transposed: bool = False
-    flattened: bool = False
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """Give the parameter's values as a view of the stored tensor."""
-        if self.third is not None:
-            tensor = tensor.chunk(3)[self.third]
-        if self.transposed:
-            tensor = tensor.T
-        return tensor.flatten(1) if self.flattened and tensor.ndim == 4 else tensor
-
-
 def unet_origins(unet: UNet2DConditionModel) -> dict[str, Origin]:
     """Map every parameter of diffusers' U-Net to its tensor in SGM naming."""
     blocks = configs.layout_of(unet.config).blocks()
@@ -81,16 +56,7 @@ def clip_origins(encoder: nn.Module) -> dict[str, Origin]:
 
 def openclip_origins(encoder: nn.Module) -> dict[str, Origin]:
     """Map every parameter of text encoder 2 to its tensor in OpenCLIP naming."""
-    return {
-        path: Origin(
-            name=kinds.TE2 + names.clip_to_openclip(path),
-            third="qkv".index(match[1])
-            if (match := re.search(r"\.([qkv])_proj\.", path))
-            else None,
-            transposed=path.startswith("text_projection"),
-        )
-        for path in encoder.state_dict()
-    }
+    return {path: openclip_origin(path) for path in encoder.state_dict()}
 
 
 def vae_origins(vae: AutoencoderKL, shapes: Shapes) -> dict[str, Origin]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from sdxl_train.components import Command
 from sdxl_train.errors import PluginError, Problem, UserError
-from sdxl_train.options import Setting, Words, options_of, suggestion, validate
+from sdxl_train.options import Option, Setting, Words, options_of, suggestion, validate
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import KIND_BY_NAME, Registry, UnknownNameError
 from sdxl_train.settings import texts_of
@@ -142,15 +142,19 @@ class Invocation:
         known = options_of(component)
         settings: dict[str, Setting] = {}
         problems: list[Problem] = []
+        spare = list(self.leading)
         for name, setting in self.settings.items():
+            name = component.short.get(name, name)
             if name in known:
-                settings[name] = setting
+                settings[name], left = _own_words(known[name], setting)
+                spare += left
             elif name not in ("plugin", "config_file"):
                 problems.append(_no_option(entry.name, name, setting, list(known)))
-        spare = list(self.leading)
         for name in component.positional:
             if spare and name not in settings:
-                settings[name] = spare.pop(0)
+                taken = len(spare) if known[name].is_list else 1
+                settings[name] = _joined(spare[:taken])
+                del spare[:taken]
         problems += [
             Problem(place=f"sdxl-train {entry.name}", message=f"unexpected word {word.place}")
             for word in spare
@@ -160,6 +164,28 @@ class Invocation:
             raise UserError(problems)
         assert isinstance(command, Command)
         return command
+
+
+def _own_words(option: Option, setting: Setting) -> tuple[Setting, list[Setting]]:
+    """Split the words after a command's flag into its own and those that are positional."""
+    if option.is_list or not isinstance(setting.value, Words):
+        return setting, []
+    words = setting.value.words
+    takes_none = option.is_switch and words[:1] not in (("true",), ("false",))
+    own = 0 if takes_none else 1
+    return replace(setting, value=Words(words[:own])), [
+        Setting(value=Words((word,)), place=repr(word), origin=setting.origin)
+        for word in words[own:]
+    ]
+
+
+def _joined(words: Sequence[Setting]) -> Setting:
+    """Give positional words as the value of one option."""
+    texts = tuple(
+        text for word in words if isinstance(word.value, Words) for text in word.value.words
+    )
+    place = " ".join(word.place for word in words)
+    return Setting(value=Words(texts), place=place, origin=words[0].origin)
 
 
 def _no_option(command: str, name: str, setting: Setting, known: Sequence[str]) -> Problem:

@@ -444,8 +444,6 @@ class Command(Component):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that may be given by position; a list takes all words that are left."""
-    short: ClassVar[dict[str, str]] = {}
-    """Fields that have a flag of one letter too: ``{"o": "save_to"}``."""
 
     @abstractmethod
     def run(self) -> int:

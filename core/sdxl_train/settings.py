@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ REPEATABLE = ("plugin", *(kind.selector for kind in KINDS if kind.stacked))
 _TABLES = tuple(kind.args for kind in KINDS if kind.args)
 _PLURALS = {"plugins": "plugin"}
 """The key of a list reads better in the plural."""
-_SHORT_FLAG = re.compile(r"-[A-Za-z]")
 _COMMAND_LINE_ONLY = ("config_file", "output_config")
 
 
@@ -38,7 +36,7 @@ def from_words(
     leading, groups = _flag_groups(words)
     settings: dict[str, Setting] = {}
     for flag, values in groups:
-        name = _normal(flag.lstrip("-"))
+        name = _normal(flag.removeprefix("--"))
         given = Words(tuple(values))
         before = settings.get(name)
         if before is not None and isinstance(before.value, Words):
@@ -56,7 +54,7 @@ def _flag_groups(words: Sequence[str]) -> tuple[list[str], list[tuple[str, list[
     leading: list[str] = []
     groups: list[tuple[str, list[str]]] = []
     for word in words:
-        if (word.startswith("--") and len(word) > 2) or _SHORT_FLAG.fullmatch(word):
+        if word.startswith("--") and len(word) > 2:
             flag, equals, value = word.partition("=")
             groups.append((flag, [value] if equals else []))
         elif groups:

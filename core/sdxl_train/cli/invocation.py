@@ -144,7 +144,6 @@ class Invocation:
         problems: list[Problem] = []
         spare = list(self.leading)
         for name, setting in self.settings.items():
-            name = component.short.get(name, name)
             if name in known:
                 settings[name], left = _own_words(known[name], setting)
                 spare += left

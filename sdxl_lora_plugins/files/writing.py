@@ -122,7 +122,7 @@ class _Digest:
         self._whole, self._window = hashlib.sha256(), hashlib.sha256()
         self._position = legacy_header
 
-    def update(self, data: bytes | memoryview) -> None:
+    def update(self, data: bytes) -> None:
         """Take the bytes that come next."""
         self._whole.update(data)
         start, end = (min(max(edge - self._position, 0), len(data)) for edge in _LEGACY)
@@ -155,7 +155,7 @@ def _header(
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(path: Path, name: str, tensor: Tensor, entry: Entry) -> memoryview:
+def _bytes(path: Path, name: str, tensor: Tensor, entry: Entry) -> bytes:
     cast = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous()
     if tuple(cast.shape) != entry.shape:
         raise ValueError(f"{name} has shape {list(cast.shape)}, announced as {list(entry.shape)}")
@@ -165,7 +165,7 @@ def _bytes(path: Path, name: str, tensor: Tensor, entry: Entry) -> memoryview:
         raise TrainingError(
             f"{name} is not finite as {_NAMES[entry.dtype]}; nothing was written to {path}"
         )
-    return memoryview(cast.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return cast.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _check_room(path: Path, num_bytes: int) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from sdxl_lora_plugins.model.origins import Origin
     from sdxl_train import PredictionType
 
 _UNET_WIDTHS: Final = (32, 64, 64)
@@ -205,7 +206,7 @@ def _write_file(
     _save(tensors, path, dtype)
 
 
-def _stored(module: nn.Module, origins: Mapping[str, checkpoint.Origin]) -> dict[str, Tensor]:
+def _stored(module: nn.Module, origins: Mapping[str, Origin]) -> dict[str, Tensor]:
     """Turn parameters into the tensors of a file: the inverse of reading them."""
     state = module.state_dict()
     pieces: dict[str, list[Tensor]] = {}

@@ -158,5 +158,32 @@ def test_a_command_of_a_plugin_tells_all_that_is_wrong(site: Site, command: Comm
     assert "--time: is no option of sdxl-train greet\n      -> did you mean times?" in done.stderr
 
 
+SUM = """
+from sdxl_train import Command, Field, hookimpl
+
+class Sum(Command):
+    \"\"\"Add numbers.\"\"\"
+    positional = ("numbers",)
+    numbers: list[int] = Field(description="What to add.")
+    twice: bool = Field(False, description="Double it.")
+
+    def run(self):
+        print(sum(self.numbers) * (1 + self.twice))
+        return 0
+
+@hookimpl
+def register_commands():
+    return {"sum": Sum}
+"""
+
+
+def test_a_list_takes_all_words_that_are_left_around_a_switch(site: Site, command: Command) -> None:
+    site.add("adder", SUM)
+
+    done = command("sum", "1", "--twice", "2", "3")
+
+    assert (done.returncode, done.stdout.strip()) == (0, "12"), done.stderr
+
+
 def test_version_is_told(command: Command) -> None:
     assert command("--version").stdout == f"sdxl-train {__version__}\n"

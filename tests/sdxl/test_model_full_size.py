@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_lora_plugins.model.origins import Origin
 
 # The published configurations of stable-diffusion-xl-base-1.0.
 UNET = {
@@ -68,9 +69,7 @@ VAE = {
 }
 
 
-def stored_shapes(
-    module: nn.Module, origins: Mapping[str, checkpoint.Origin]
-) -> dict[str, list[int]]:
+def stored_shapes(module: nn.Module, origins: Mapping[str, Origin]) -> dict[str, list[int]]:
     """Give the shapes that a file has for a module."""
     shapes: dict[str, list[int]] = {}
     for path, tensor in module.state_dict().items():

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def _required(noise: Noise, strength: str, usual: str, config: RunConfig) -> Iterator[Problem]:
     """Refuse what only makes sense beside a strength, if nobody set the strength."""
-    if strength in noise.model_fields_set:
+    # One that was given and is no strength is a problem of its own.
+    if strength in noise.model_fields_set or config.is_set(strength):
         return
     # Chosen by name, none of its options may be set.
     given = [config.place(name) for name in sorted(noise.model_fields_set)] or ["--noise"]
@@ -43,8 +44,8 @@ class Immiscible(Noise):
     )
 
     def active(self) -> bool:
-        """Tell whether there is any pairing."""
-        return self.immiscible_noise
+        """Tell whether there is any pairing; to name it is to ask for it."""
+        return self.immiscible_noise or "immiscible_noise" not in self.model_fields_set
 
     def build(self, schedule: NoiseSchedule) -> NoiseTransform:
         """Build the transform."""

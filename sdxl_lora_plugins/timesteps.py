@@ -181,6 +181,8 @@ class Table(_Weighted):
         """Refuse no table, two tables, and numbers that are no weights."""
         yield from super().check(config)
         inline, file = self.timestep_weights, self.timestep_weights_file
+        if inline is None and config.is_set("timestep_weights"):
+            return  # it was given and is no table, which is a problem of its own
         if (inline is None) == (file is None):
             yield Problem(
                 place=", ".join(map(config.place, ("timestep_weights", "timestep_weights_file"))),

@@ -29,6 +29,25 @@ def _cut_snr(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     return schedule.snr(timesteps).clamp(1.0 / _MAX_SNR, _MAX_SNR)
 
 
+def _is_wanted(weighting: Weighting, strength: str) -> bool:
+    """Tell whether a strength is set to more than "off", or the weighting was only named."""
+    return strength not in weighting.model_fields_set or bool(getattr(weighting, strength))
+
+
+def _required(
+    weighting: Weighting, strength: str, usual: str, config: RunConfig
+) -> Iterator[Problem]:
+    """Refuse what only makes sense beside a strength, if nobody gave the strength."""
+    if strength in weighting.model_fields_set or config.is_set(strength):
+        return
+    given = [config.place(name) for name in sorted(weighting.model_fields_set)]
+    yield Problem(
+        place=", ".join(given) or config.place("weighting"),
+        message=f"has no effect without --{strength}",
+        remedy=f"add --{strength} {usual}, or leave it out",
+    )
+
+
 def _mismatch(name: str, config: RunConfig, *, needed: PredictionType) -> Iterator[Problem]:
     """Refuse a weighting that is for models which predict something else, if that is known."""
     if config.model.predicts() in (None, needed):
@@ -39,7 +58,8 @@ def _mismatch(name: str, config: RunConfig, *, needed: PredictionType) -> Iterat
     yield Problem(
         place=config.place(name),
         message=f"is for models that predict {wanted}; this one predicts {found} ({model})",
-        remedy=f"leave it out, or say otherwise with --v_parameterization {wanted == 'velocity'}",
+        remedy="leave it out, or say otherwise with --v_parameterization "
+        f"{str(wanted == 'velocity').lower()}",
     )
 
 
@@ -52,8 +72,12 @@ class MinSnr(Weighting):
     min_snr_gamma: float = Field(0.0, ge=0, description="Gamma, usually 5. 0 = off.")
 
     def active(self) -> bool:
-        """Tell whether there is any weighting."""
-        return self.min_snr_gamma > 0
+        """Tell whether there is any weighting; without a word of gamma, :meth:`check` asks."""
+        return _is_wanted(self, "min_snr_gamma")
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse the name without a gamma."""
+        yield from _required(self, "min_snr_gamma", "5", config)
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function."""
@@ -80,8 +104,8 @@ class DebiasedEstimation(Weighting):
     )
 
     def active(self) -> bool:
-        """Tell whether there is any weighting."""
-        return self.debiased_estimation_loss
+        """Tell whether there is any weighting; to name it is to ask for it."""
+        return _is_wanted(self, "debiased_estimation_loss")
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function."""
@@ -106,8 +130,8 @@ class ScaleVelocityLikeNoise(Weighting):
     )
 
     def active(self) -> bool:
-        """Tell whether there is any weighting."""
-        return self.scale_v_pred_loss_like_noise_pred
+        """Tell whether there is any weighting; to name it is to ask for it."""
+        return _is_wanted(self, "scale_v_pred_loss_like_noise_pred")
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Refuse a model that predicts the noise."""
@@ -144,11 +168,12 @@ class VelocityLikeLoss(Weighting):
     )
 
     def active(self) -> bool:
-        """Tell whether there is any weighting."""
-        return self.v_pred_like_loss > 0
+        """Tell whether there is any weighting; without a word of its share, :meth:`check` asks."""
+        return _is_wanted(self, "v_pred_like_loss")
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
-        """Refuse a model that predicts velocity."""
+        """Refuse the name without a share, and a model that predicts velocity."""
+        yield from _required(self, "v_pred_like_loss", "0.5", config)
         yield from _mismatch("v_pred_like_loss", config, needed="epsilon")
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
@@ -183,16 +208,11 @@ class P2(Weighting):
 
     def active(self) -> bool:
         """Tell whether there is any weighting; without a word of gamma, :meth:`check` asks."""
-        return self.p2_gamma > 0 or "p2_gamma" not in self.model_fields_set
+        return _is_wanted(self, "p2_gamma")
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Refuse a k without a gamma."""
-        if "p2_gamma" not in self.model_fields_set:
-            yield Problem(
-                place=config.place("p2_k" if self.model_fields_set else "weighting"),
-                message="has no effect without --p2_gamma",
-                remedy="add --p2_gamma 1, or leave it out",
-            )
+        yield from _required(self, "p2_gamma", "1", config)
 
     def build(self, schedule: NoiseSchedule) -> WeightFunction:
         """Build the weight function."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from sdxl_train.config import RunConfig
+    from sdxl_train.data.dataset_options import DatasetOptions
     from sdxl_train.data.sources import Scan
     from sdxl_train.options import Setting
     from sdxl_train.resolve import Resolution
@@ -245,8 +246,39 @@ def _remarks(config: RunConfig) -> Iterator[str]:
             f"such as {earlier[0].name}: they {fate} when training starts"
             + ("; to go on with it, use --resume latest" if not config.output.overwrite else "")
         )
+    yield from _idle_options(config)
     if not config.is_set("learning_rate") and not config.optimizer.single_lr:
         yield (
             f"--learning_rate is not set: sd-scripts' default of "
             f"{config.optimizer.learning_rate:g} is low for a network; 1e-4 is usual"
         )
+
+
+def _idle_options(config: RunConfig) -> Iterator[str]:
+    """Name options that do nothing without another one, which sd-scripts passes over in silence."""
+    output, dataset = config.output, config.dataset
+    saves_states = output.save_state or output.save_state_on_train_end
+    by_epoch = output.save_every_n_epochs or output.save_n_epoch_ratio
+    conditions: tuple[tuple[str, object, str], ...] = (
+        ("save_last_n_epochs", by_epoch, "save_every_n_epochs"),
+        ("save_last_n_steps", output.save_every_n_steps, "save_every_n_steps"),
+        (
+            "save_last_n_epochs_state",
+            saves_states or output.save_state_every_n_epochs,
+            "save_state",
+        ),
+        ("save_last_n_steps_state", saves_states or output.save_state_every_n_steps, "save_state"),
+        (
+            "persistent_data_loader_workers",
+            dataset.max_data_loader_n_workers,
+            "workers (max_data_loader_n_workers above 0)",
+        ),
+        ("prior_loss_weight", _may_have_regularization(dataset), "regularization images"),
+    )
+    for name, needed, what in conditions:
+        if config.is_set(name) and not needed:
+            yield f"{config.place(name)} has no effect without {what}"
+
+
+def _may_have_regularization(dataset: DatasetOptions) -> bool:
+    return dataset.reg_data_dir is not None or dataset.dataset_config is not None

@@ -38,7 +38,9 @@ def applied(
 
 
 def problems(name: str, **options: Any) -> list[Problem]:
-    config: RunConfig | Any = SimpleNamespace(place=lambda name: f"--{name}")
+    config: RunConfig | Any = SimpleNamespace(
+        place=lambda name: f"--{name}", is_set=lambda name: False
+    )
     return list(NOISES[name](**options).check(config))
 
 

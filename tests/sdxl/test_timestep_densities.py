@@ -153,7 +153,7 @@ def test_table_is_asked_for_once() -> None:
 
 
 def problems(**options: Any) -> list[Problem]:
-    config: Any = SimpleNamespace(place=lambda name: f"--{name}")
+    config: Any = SimpleNamespace(place=lambda name: f"--{name}", is_set=lambda name: False)
     return list(DISTRIBUTIONS["table"](**options).check(config))
 
 

@@ -125,7 +125,9 @@ def test_weightings_can_be_set_to_off(name: str, options: dict[str, Any]) -> Non
 
 
 def test_p2_k_alone_is_refused() -> None:
-    config: RunConfig | Any = SimpleNamespace(place=lambda name: f"--{name}")
+    config: RunConfig | Any = SimpleNamespace(
+        place=lambda name: f"--{name}", is_set=lambda name: False
+    )
     (problem,) = WEIGHTINGS["p2"](p2_k=2).check(config)
     assert problem.place == "--p2_k"
     assert "--p2_gamma" in problem.message

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_lora_plugins.model.samplers import SamplerName  # noqa: TC001 - pydantic needs it
 from sdxl_lora_plugins.observers.prompts import read_prompts
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 class SampleImages(Observer):
     """Sample pictures of prompts while training."""
+
+    unlimited: ClassVar[bool] = True
 
     sample_prompts: Path | None = Field(
         None, description="File of prompts to sample: .txt (one a line), .toml or .json."

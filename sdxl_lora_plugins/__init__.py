@@ -18,7 +18,11 @@ from sdxl_lora_plugins import (
     timesteps,
     weightings,
 )
+from sdxl_lora_plugins.commands.convert import Convert
 from sdxl_lora_plugins.commands.demo import Demo
+from sdxl_lora_plugins.commands.extract import Extract
+from sdxl_lora_plugins.commands.merge import Merge
+from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
 from sdxl_train import hookimpl
@@ -149,4 +153,10 @@ def register_observers() -> dict[str, type[Observer]]:
 @hookimpl
 def register_commands() -> dict[str, type[Command]]:
     """Give the subcommands."""
-    return {"demo": Demo}
+    return {
+        "demo": Demo,
+        "merge": Merge,
+        "convert": Convert,
+        "resize": Resize,
+        "extract": Extract,
+    }

@@ -99,6 +99,9 @@ class BaseWeights:
         yield from sorted({layer for name in self.places for layer in self._layers_of(name)})
 
     def _layers_of(self, name: str) -> Iterator[Layer]:
+        stored = name.partition(".")[2] if self.is_folder else name
+        if len(read_header(self.places[name]).shapes[stored]) < 2:
+            return
         path = name.removesuffix(".weight").removesuffix("_weight")
         if path == name and name != f"{kinds.TE2}text_projection":
             return

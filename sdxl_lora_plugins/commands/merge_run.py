@@ -1,0 +1,159 @@
+"""The sums behind ``sdxl-train merge``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdxl_lora_plugins.files.deltas import bias_delta, delta, factors
+from sdxl_lora_plugins.files.lowrank import of_matrix, of_product
+from sdxl_lora_plugins.files.plain import PlainModule, from_svd, weight_shape
+from sdxl_lora_plugins.files.writing import DTYPES, Entry, write_tensors
+from sdxl_lora_plugins.model.headers import counted, read_header
+from sdxl_train import Problem, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from sdxl_lora_plugins.files import NetworkFile, StoredModule
+    from sdxl_lora_plugins.files.base import BaseWeights
+    from sdxl_lora_plugins.model.origins import Origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A layer's share in a sum."""
+
+    module: StoredModule
+    tensors: Mapping[str, Tensor]
+    ratio: float
+
+
+def merged_modules(
+    pairs: Sequence[tuple[NetworkFile, float]], rank: int | None
+) -> Iterator[PlainModule]:
+    """Yield the sums of the deltas of networks, layer by layer.
+
+    Raises:
+        UserError: If a layer has different shapes in two networks.
+    """
+    names = dict.fromkeys(name for file, _ in pairs for name in file.modules)
+    with ExitStack() as opened:
+        readers = [(file, ratio, opened.enter_context(file.weights())) for file, ratio in pairs]
+        for name in names:
+            yield _sum(
+                [
+                    _Part(module=module, tensors=read(module), ratio=ratio)
+                    for file, ratio, read in readers
+                    if (module := file.modules.get(name))
+                ],
+                rank,
+            )
+
+
+def _sum(parts: Sequence[_Part], rank: int | None) -> PlainModule:
+    layer = parts[0].module.layer
+    shapes = {weight_shape(part.module, None) for part in parts}
+    if len({(shape[0], torch.Size(shape[1:]).numel()) for shape in shapes}) > 1:
+        raise UserError.of(layer.kohya, f"has different shapes in the networks: {sorted(shapes)}")
+    shape = max(shapes, key=len)
+    products = [(part, factors(part.module, part.tensors)) for part in parts]
+    known = [(part.ratio, *product) for part, product in products if product is not None]
+    if len(known) < len(parts):
+        matrices = [part.ratio * _matrix(part) for part in parts]
+        return from_svd(layer, shape, of_matrix(torch.stack(matrices).sum(0), rank))
+    up = torch.cat([ratio * up for ratio, up, _ in known], dim=1)
+    down = torch.cat([down for _, _, down in known])
+    if rank is not None:
+        return from_svd(layer, shape, of_product(up, down).cut(rank))
+    return PlainModule(layer=layer, shape=shape, up=up, down=down, alpha=float(len(down)))
+
+
+def _matrix(part: _Part) -> Tensor:
+    found = delta(part.module, part.tensors)
+    assert found is not None
+    return found.flatten(1)
+
+
+class CheckpointMerge:
+    """Networks to be added to the weights of a checkpoint."""
+
+    def __init__(self, base: BaseWeights, pairs: Sequence[tuple[NetworkFile, float]]) -> None:
+        self._base = base
+        self._pairs = pairs
+        self._absent: dict[Path, list[str]] = {}
+        self.places: dict[str, list[tuple[int, StoredModule, Origin, str]]] = {}
+        """What is added to each tensor: which network, module, where in the tensor, and whether to
+        its ``weight`` or ``bias``."""
+        for number, (file, _) in enumerate(pairs):
+            for module in file.modules.values():
+                for parameter in _parameters(module):
+                    origin = base.origin(module.layer, parameter)
+                    if origin is None:
+                        self._absent.setdefault(file.path, []).append(module.name)
+                    else:
+                        part = (number, module, origin, parameter)
+                        self.places.setdefault(origin.name, []).append(part)
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what does not fit the checkpoint."""
+        for path, names in self._absent.items():
+            yield Problem(
+                place=str(path), message=f"the checkpoint has no {counted(names, 'layer')}"
+            )
+        shapes = read_header(self._base.path).shapes
+        for parts in self.places.values():
+            for number, module, origin, parameter in parts:
+                shape = module.weight_shape if parameter == "weight" else None
+                stored = origin.take(torch.empty(shapes[origin.name], device="meta")).shape
+                if shape and (shape[0], torch.Size(shape[1:]).numel()) != (
+                    stored[0],
+                    stored[1:].numel(),
+                ):
+                    yield Problem(
+                        place=str(self._pairs[number][0].path),
+                        message=f"{module.name} is for a weight {list(shape)}, the checkpoint's "
+                        f"is {list(stored)}",
+                    )
+
+    def write(self, path: Path, dtype_or: Callable[[torch.dtype], torch.dtype]) -> None:
+        """Write the checkpoint with its weights merged, everything else as it is."""
+        header = read_header(self._base.path)
+        entries = {}
+        for name, shape in header.shapes.items():
+            dtype = DTYPES[header.dtypes[name]]
+            entries[name] = Entry(dtype_or(dtype) if dtype.is_floating_point else dtype, shape)
+        with ExitStack() as opened:
+            readers = [opened.enter_context(file.weights()) for file, _ in self._pairs]
+            write_tensors(path, entries, lambda name: self._merged(name, readers), header.metadata)
+
+    def _merged(
+        self, name: str, readers: Sequence[Callable[[StoredModule], dict[str, Tensor]]]
+    ) -> Tensor:
+        stored = self._base.read(name)
+        if name not in self.places:
+            return stored
+        untouched, merged = stored.float(), stored.float().clone()
+        for number, module, origin, parameter in self.places[name]:
+            tensors, ratio = readers[number](module), self._pairs[number][1]
+            target = origin.take(merged)
+            if parameter == "weight":
+                added = delta(module, tensors, origin.take(untouched))
+            else:
+                added = bias_delta(tensors)
+            assert added is not None
+            target += ratio * added.reshape(target.shape)
+        return merged
+
+
+def _parameters(module: StoredModule) -> Iterator[str]:
+    if module.shapes.keys() - {"diff_b", "b_norm", "alpha"}:
+        yield "weight"
+    if module.shapes.keys() & {"diff_b", "b_norm"}:
+        yield "bias"

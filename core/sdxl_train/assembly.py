@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Type of the frozen weights, by ``--mixed_precision``."""
+SAVED_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Type of the weights in files, by ``--save_precision``."""
+
+
+def saved_precision(config: RunConfig) -> Literal["float", "fp16", "bf16"]:
+    """Give the precision of files: the one that is asked for, else the one that trains."""
+    trained = config.training.trained_precision
+    return config.output.save_precision or ("float" if trained == "no" else trained)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,12 @@ class TrainingOptions(OptionModel):
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Precision of the frozen weights and of the computation."
     )
+    full_bf16: bool = Field(
+        False,
+        description="Keep the trained weights and their gradients in bf16 too. Updates are rounded "
+        "at random, so that small ones count.",
+    )
+    full_fp16: bool = Field(False, description="The same in fp16.")
     seed: int | None = Field(
         None, ge=0, lt=2**63, description="Seed of all randomness. Default: a random one."
     )
@@ -120,6 +126,11 @@ class TrainingOptions(OptionModel):
         False, description="End the run when an observer fails, instead of going on without it."
     )
 
+    @property
+    def trained_precision(self) -> Literal["no", "fp16", "bf16"]:
+        """The precision of the trained weights between steps; ``no`` is fp32."""
+        return "bf16" if self.full_bf16 else "fp16" if self.full_fp16 else "no"
+
 
 class OutputOptions(OptionModel):
     """What is written, where, and how often."""
@@ -130,7 +141,7 @@ class OutputOptions(OptionModel):
     )
     save_model_as: Literal["safetensors"] = Field("safetensors", description="File format.")
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(
-        None, description="Type of the saved weights. Default: as they train (float)."
+        None, description="Type of the saved weights. Default: as they train."
     )
     save_every_n_epochs: int | None = Field(None, ge=1, description="Save each N epochs.")
     save_every_n_steps: int | None = Field(None, ge=1, description="Save each N optimizer steps.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sdxl_train.assembly import WEIGHT_DTYPES, assemble
+from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
 from sdxl_train.checkpoint import kept
 from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
@@ -138,7 +138,7 @@ def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
     """
     output = prepared.config.output
     parameters = sum(parameter.numel() for parameter in assembly.parameters)
-    network = parameters * (2 if output.save_precision in ("fp16", "bf16") else 4)
+    network = parameters * SAVED_DTYPES[saved_precision(prepared.config)].itemsize
     # Most optimizers keep two fp32 values for each weight, which a state holds as well.
     state = parameters * 4 * 3
     points = [point for step in prepared.saves.steps() for point in prepared.saves.due(step)]
@@ -152,14 +152,15 @@ def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
 
 
 def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
-    """Count the bytes that are certain: weights, and what trains with its gradient (fp32)."""
+    """Count the bytes that are certain: weights, and what trains with its gradient."""
     width = WEIGHT_DTYPES[prepared.config.training.mixed_precision].itemsize
     trained = {id(parameter) for parameter in assembly.parameters}
 
     def frozen(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters() if id(p) not in trained) * width
 
-    network = sum(parameter.numel() for parameter in assembly.parameters) * 4
+    trained_width = WEIGHT_DTYPES[prepared.config.training.trained_precision].itemsize
+    network = sum(parameter.numel() for parameter in assembly.parameters) * trained_width
     samples = bool(_sample_steps(prepared))
     return {
         "denoiser_bytes": frozen(assembly.model.denoiser),

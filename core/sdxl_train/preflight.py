@@ -200,12 +200,32 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             message=f"{name!r} is not a file name",
             remedy="put the folder in --output_dir",
         )
+    yield from _precision_problems(config)
     if config.optimizer.own_schedule and not config.scheduler.default:
         yield Problem(
             place=config.place("lr_scheduler"),
             message=f"{config.name_of('optimizer')} schedules its rate itself",
             remedy="leave out --lr_scheduler",
         )
+
+
+def _precision_problems(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    for name, needed in (("full_bf16", "bf16"), ("full_fp16", "fp16")):
+        if getattr(training, name) and training.mixed_precision != needed:
+            yield Problem(
+                place=config.place(name),
+                message=f"needs --mixed_precision {needed}, and "
+                f"{config.place('mixed_precision')} is {training.mixed_precision}",
+                remedy=f"set --mixed_precision {needed}, or leave {name} out",
+            )
+        if getattr(training, name) and config.optimizer.train_eval_modes:
+            yield Problem(
+                place=config.place(name),
+                message=f"does not go with {config.place('optimizer_type')} "
+                f"{config.name_of('optimizer')}, which swaps its weights outside of its steps",
+                remedy="leave one of them out",
+            )
 
 
 def _remarks(config: RunConfig) -> Iterator[str]:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from sdxl_train.assembly import Assembly, assemble
+from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
 from sdxl_train.components import LimitedAdapter
@@ -28,6 +28,7 @@ from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.resume import model_identity
 from sdxl_train.rng import Streams, derive_seed
+from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
 from sdxl_train.supply import Supply
@@ -185,6 +186,7 @@ class Trainer:
         if prepared.resume is not None:
             self._restore(prepared.resume)
         self.result.steps = prepared.start
+        self.wide_steps = self._keep_narrow(optimizer)
         self.change = ChangeCheck(self.assembly.parameters)
         self.events = self._build_events()
         self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
@@ -359,9 +361,25 @@ class Trainer:
         }
 
     def _was_skipped(self) -> bool:
-        return bool(self.optimizer.step_was_skipped)
+        skipped = bool(self.optimizer.step_was_skipped)
+        if skipped and self.wide_steps is not None:
+            self.wide_steps.narrow()  # which no step has done
+        return skipped
+
+    def _keep_narrow(self, optimizer: torch.optim.Optimizer) -> WideSteps | None:
+        """Keep what trains in 16 bits, if that is asked for."""
+        precision = self.config.training.trained_precision
+        if precision == "no":
+            return None
+
+        def generator(index: int) -> torch.Generator:
+            return self.step.streams.on_device("rounding", self.result.steps, index)
+
+        return WideSteps(optimizer, WEIGHT_DTYPES[precision], generator)
 
     def _clip(self) -> Tensor:
+        if self.wide_steps is not None:
+            self.wide_steps.widen()  # or small gradients would vanish, unscaled in fp16
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)

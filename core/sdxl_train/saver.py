@@ -7,8 +7,7 @@ import shutil
 import warnings
 from typing import TYPE_CHECKING
 
-import torch
-
+from sdxl_train.assembly import SAVED_DTYPES, saved_precision
 from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network, state_name
 from sdxl_train.disk import require_room
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
@@ -17,6 +16,7 @@ from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_sta
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
     from torch.optim.lr_scheduler import LRScheduler
 
     from sdxl_train.assembly import Assembly
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from sdxl_train.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Saver:
@@ -88,7 +86,7 @@ class Saver:
 
     def _save_network(self, point: SavePoint, step: StepResult) -> Checkpoint:
         path = self.output.output_dir / file_name(self.output, point)
-        dtype = _DTYPES[self.output.save_precision or "float"]
+        dtype = SAVED_DTYPES[saved_precision(self.prepared.config)]
         with self.evaluation.final_weights():
             state = self.assembly.adapter.state_dict()
             needed = sum(tensor.numel() * dtype.itemsize for tensor in state.values())

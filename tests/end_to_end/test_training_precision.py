@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+import sdxl_train
+from sdxl_train import UserError
+
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import TrainLora
+    from tests.end_to_end.conftest import MakeOptions, SameTensors, TrainLora
 
 
 def test_bf16_trains_like_fp32_and_saves_fp32(train_lora: TrainLora) -> None:
@@ -49,3 +52,43 @@ def test_one_text_encoder_alone_trains_and_is_saved_alone(train_lora: TrainLora)
     ups = {name: t for name, t in run.tensors.items() if name.endswith("lora_up.weight")}
     assert all(bool(tensor.any()) for tensor in ups.values())
     assert {name for step in run.steps for name in step["learning_rates"]} == {"textencoder"}
+
+
+FULL_BF16 = {"mixed_precision": "bf16", "full_bf16": True}
+
+
+def test_full_bf16_keeps_what_trains_in_bf16_and_saves_it_so(train_lora: TrainLora) -> None:
+    mixed = train_lora(mixed_precision="bf16")
+    full = train_lora(**FULL_BF16)
+    assert {tensor.dtype for tensor in full.tensors.values()} == {torch.bfloat16}
+    assert [step["loss"] for step in full.steps] == pytest.approx(
+        [step["loss"] for step in mixed.steps], rel=0.02
+    )
+    # Adam's steps are at most 1e-3, and may go either way where a gradient is nearly 0.
+    for name, tensor in full.tensors.items():
+        torch.testing.assert_close(tensor.float(), mixed.tensors[name], rtol=0.05, atol=8e-3)
+    plans = [sdxl_train.plan(run.options).memory for run in (mixed, full)]
+    assert plans[1]["network_bytes"] * 2 == plans[0]["network_bytes"]
+    assert plans[1]["gradient_bytes"] * 2 == plans[0]["gradient_bytes"]
+
+
+def test_full_bf16_learns_at_rates_that_bf16_alone_would_round_away(train_lora: TrainLora) -> None:
+    """A LoRA's down weights near 0.1 have neighbours 5e-4 apart; Adam's first steps are 1e-5."""
+    run = train_lora(**FULL_BF16, learning_rate=1e-5, max_train_steps=3)
+    downs = [name for name in run.tensors if name.endswith("lora_down.weight")]
+    initial = torch.cat([run.initial[name].float().flatten() for name in downs])
+    final = torch.cat([run.tensors[name].float().flatten() for name in downs])
+    assert bool((initial != final).any())
+
+
+def test_full_bf16_resumes_exactly(train_lora: TrainLora, same_tensors: SameTensors) -> None:
+    whole = train_lora(**FULL_BF16)
+    half = train_lora(**FULL_BF16, max_train_steps=2, save_state=True)
+    resumed = train_lora(**FULL_BF16, resume=str(half.folder / "photo-state"))
+    assert same_tensors(whole.tensors, resumed.tensors)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("full_bf16", "bf16"), ("full_fp16", "fp16")])
+def test_full_precision_needs_the_mixed_one(options: MakeOptions, name: str, needed: str) -> None:
+    with pytest.raises(UserError, match=f"{name}: needs --mixed_precision {needed}"):
+        sdxl_train.plan(options(**{name: True}))

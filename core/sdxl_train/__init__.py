@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
     from sdxl_train.toml_files import read_text, read_toml
+    from sdxl_train.validation import ValidationResult
     from sdxl_train.weights import limit_norms, require_fit
 
 _HOMES = {
@@ -75,6 +76,7 @@ _HOMES = {
     "UserError": "sdxl_train.errors",
     "limit_norms": "sdxl_train.weights",
     "quiet": "sdxl_train.libraries",
+    "ValidationResult": "sdxl_train.validation",
     "require_fit": "sdxl_train.weights",
     "read_text": "sdxl_train.toml_files",
     "read_toml": "sdxl_train.toml_files",
@@ -116,6 +118,7 @@ __all__ = [
     "Timesteps",
     "TrainingError",
     "UserError",
+    "ValidationResult",
     "WeightFunction",
     "Weighting",
     "__version__",

@@ -119,6 +119,17 @@ class TrainingOptions(OptionModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="Device to train on; auto takes the best there is and says which."
     )
+    validate_every_n_steps: int | None = Field(
+        None, ge=0, description="Measure the loss on held-out images each N steps; 0 = off."
+    )
+    validate_every_n_epochs: int | None = Field(
+        None,
+        ge=0,
+        description="Measure it at the end of each N epochs; 0 = off. Default: of each one.",
+    )
+    max_validation_steps: int | None = Field(
+        None, ge=1, description="Measure it on the first N held-out batches. Default: on all."
+    )
     observer_timeout: float = Field(
         60, ge=0, description="Leave an observer out that takes more seconds in a call; 0 = never."
     )

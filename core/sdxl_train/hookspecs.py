@@ -7,7 +7,7 @@ inside a step: components are plain callables there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pluggy
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sdxl_train.loop import StepResult
     from sdxl_train.pictures import SampledImage
     from sdxl_train.run import Run
+    from sdxl_train.validation import ValidationResult
 
 PROJECT = "sdxl_train"
 """Name of the pluggy project and of the entry-point group."""
@@ -123,8 +124,8 @@ def checkpoint_saved(run: Run, checkpoint: Checkpoint) -> None:
 
 
 @hookspec
-def validation_finished(run: Run, result: Any) -> None:
-    """The validation loss is known."""
+def validation_finished(run: Run, result: ValidationResult) -> None:
+    """The loss on the held-out images is known."""
 
 
 @hookspec

@@ -76,6 +76,8 @@ def prepare(
             warnings.extend(component.remarks(config))
         problems.extend(_cross_checks(config))
         warnings.extend(_remarks(config))
+        if scanned is not None:
+            warnings.extend(_idle_validation(config, scanned))
     resume = _resume_point(config, scanned, problems) if config and scanned else None
     if problems or config is None or scanned is None:
         raise UserError(problems)
@@ -298,6 +300,20 @@ def _idle_options(config: RunConfig) -> Iterator[str]:
     for name, needed, what in conditions:
         if config.is_set(name) and not needed:
             yield f"{config.place(name)} has no effect without {what}"
+
+
+def _idle_validation(config: RunConfig, scanned: Scan) -> Iterator[str]:
+    training = config.training
+    if not scanned.validation:
+        names = ("validate_every_n_steps", "validate_every_n_epochs", "max_validation_steps")
+        for name in names:
+            if config.is_set(name):
+                yield f"{config.place(name)} has no effect: no images are held out to validate on"
+    elif training.validate_every_n_epochs == 0 and not training.validate_every_n_steps:
+        yield (
+            f"{config.place('validate_every_n_epochs')}: images are held out of training, and "
+            f"nothing is measured on them"
+        )
 
 
 def _may_have_regularization(dataset: DatasetOptions) -> bool:

@@ -51,6 +51,9 @@ MAY_CHANGE = frozenset(
         "training_comment",
         "strict_observers",
         "observer_timeout",
+        "validate_every_n_steps",
+        "validate_every_n_epochs",
+        "max_validation_steps",
         "observer",
         # Where a run begins and on what; refused or told where it matters.
         "initial_step",

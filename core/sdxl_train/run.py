@@ -32,6 +32,12 @@ from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
 from sdxl_train.supply import Supply
+from sdxl_train.validation import (
+    Validation,
+    ValidationResult,
+    validation_is_due,
+    validation_timesteps,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +99,7 @@ class RunResult:
         skipped_steps: Those of them that an fp16 overflow left without effect.
         files: The networks it wrote that are still there.
         final_loss: Mean loss of the last step.
+        validations: The losses on held-out images, in the order of steps.
         observer_failures: What went wrong in which observer.
     """
 
@@ -101,6 +108,7 @@ class RunResult:
     skipped_steps: int = 0
     files: list[Path] = field(default_factory=list)
     final_loss: float | None = None
+    validations: list[ValidationResult] = field(default_factory=list)
     observer_failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -191,6 +199,7 @@ class Trainer:
         self.events = self._build_events()
         self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
         self.supply.fill_caches()
+        self.validation = self._build_validation()
 
     def run_to_end(self) -> None:
         """Train, and close whatever happens."""
@@ -231,6 +240,7 @@ class Trainer:
             if stopped:
                 self.result.exit_code = signals.exit_code
                 break
+            self._validate(last)
         self.change.conclude()
         self.result.final_loss = last.loss.item() if last else None
 
@@ -239,6 +249,17 @@ class Trainer:
             checkpoint = self.saver.save(point, step)
             if checkpoint is not None:
                 self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+
+    def _validate(self, step: StepResult) -> None:
+        """Measure the loss on held-out images, if there are any and it is time."""
+        if self.validation is None or not validation_is_due(
+            self.config, self.prepared.counts, step.step
+        ):
+            return
+        with self.run.evaluation():
+            result = self.validation.after(step)
+        self.result.validations.append(result)
+        self.events.tell("validation_finished", run=self.run, result=result)
 
     def _rescue(self, last: StepResult | None, error: Exception) -> None:
         """Save the weights and the state of the last whole step, before ``error`` ends the run."""
@@ -267,6 +288,7 @@ class Trainer:
                 "steps": self.result.steps,
                 "skipped_steps": self.result.skipped_steps,
                 "final_loss": self.result.final_loss,
+                "validations": [result.as_json() for result in self.result.validations],
                 "files": [path.name for path in self.result.files],
                 "observer_failures": self.result.observer_failures,
                 "finished_at": time.time(),
@@ -306,6 +328,17 @@ class Trainer:
             scheduler=self.scheduler,
             normalize_masks=config.dataset.masked_loss_normalize,
             was_skipped=self._was_skipped if self.accelerator.scaler else None,
+        )
+
+    def _build_validation(self) -> Validation | None:
+        if self.prepared.validation is None:
+            return None
+        limit = self.config.training.max_validation_steps
+        return Validation(
+            step=self.step,
+            batches=lambda: self.supply.validation(limit),
+            seed=derive_seed(self.config.dataset.validation_seed or 0, "validation"),
+            timesteps=validation_timesteps(self.config, self.model),
         )
 
     def _build_record(self) -> RunRecord:
@@ -351,7 +384,7 @@ class Trainer:
     def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
         text = batch.text
         if text is None:
-            with torch.set_grad_enabled(self.trains_text):
+            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
                 text = self.model.encode_text(batch.captions)
         return {
             **text,

@@ -1,8 +1,9 @@
 """Captions: reading them as people write them, and what becomes of one each time it is trained.
 
 Order of the steps, as in sd-scripts: prefix and suffix are put on, the whole caption may be
-dropped, then tags are kept, shuffled and dropped. Tags are put together with a comma and a space,
-whatever separated them before.
+dropped, one of its lines and the alternatives of its wildcards are drawn, tags are kept, shuffled
+and dropped, and the secondary separator gives way to the first. Tags are put together with a comma
+and a space, whatever separated them before.
 """
 
 from __future__ import annotations
@@ -10,21 +11,31 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
 
+UNBALANCED = "a brace that is no part of a wildcard {red|blue} (enable_wildcard)"
+BALANCE = "close it, or write {{ or }} for a brace; wildcards do not hold wildcards"
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions:
-    """What is done to a caption. The fields carry the names of the options."""
+    """What is done to a caption. The fields carry the names of the options.
+
+    Where the same caption is wanted each time, ``enable_wildcard`` is ``"first"``: the first line
+    and the first of the alternatives are taken.
+    """
 
     shuffle_caption: bool = False
     caption_separator: str = ","
     keep_tokens: int = 0
     keep_tokens_separator: str = ""
+    secondary_separator: str = ""
+    enable_wildcard: bool | Literal["first"] = False
     caption_prefix: str = ""
     caption_suffix: str = ""
     caption_dropout_rate: float = 0.0
@@ -36,6 +47,7 @@ class CaptionOptions:
         return replace(
             self,
             shuffle_caption=False,
+            enable_wildcard="first" if self.enable_wildcard else False,
             caption_dropout_rate=0.0,
             caption_dropout_every_n_epochs=0,
             caption_tag_dropout_rate=0.0,
@@ -49,8 +61,8 @@ class CaptionOptions:
     @property
     def unrepeatable(self) -> tuple[str, ...]:
         """The options in use that make more captions of one than can be cached."""
-        names = ("shuffle_caption", "caption_tag_dropout_rate")
-        return tuple(name for name in names if getattr(self, name))
+        names = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")
+        return tuple(name for name in names if getattr(self, name) not in (0, "first"))
 
     @property
     def drops_captions(self) -> bool:
@@ -60,10 +72,23 @@ class CaptionOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CaptionFile:
-    """What a caption file says, and the remarks on how it was read."""
+    """What a caption file says, and the remarks on how it was read.
 
-    text: str
+    Attributes:
+        lines: Its lines that are not blank, in their order.
+        remarks: What its author should know.
+        bad_brace: Line and column in the file, counted from 1, of a brace that would be no part
+            of a wildcard.
+    """
+
+    lines: tuple[str, ...]
     remarks: tuple[str, ...] = field(default=())
+    bad_brace: tuple[int, int] | None = None
+
+    @property
+    def text(self) -> str:
+        """Give the caption where a file holds one."""
+        return self.lines[0] if self.lines else ""
 
 
 class CaptionError(ValueError):
@@ -71,7 +96,7 @@ class CaptionError(ValueError):
 
 
 def read_caption(path: Path) -> CaptionFile:
-    """Read a caption: the first line of the file that is not blank.
+    """Read the lines of a caption file that are not blank.
 
     UTF-8 with or without a byte order mark; other encodings are recognized and remarked upon.
     White space of any kind becomes single spaces.
@@ -81,16 +106,30 @@ def read_caption(path: Path) -> CaptionFile:
         OSError: If the file cannot be read.
     """
     text, encoding = _decode(path.read_bytes())
-    lines = [" ".join(line.split()) for line in text.splitlines()]
-    filled = [line for line in lines if line]
+    lines = text.splitlines()
+    filled = tuple(words for line in lines if (words := " ".join(line.split())))
     remarks = []
     if encoding:
         remarks.append(f"not UTF-8, read as {encoding}")
     if not filled:
         remarks.append("empty")
-    if len(filled) > 1:
-        remarks.append("more than one line, only the first is used")
-    return CaptionFile(text=filled[0] if filled else "", remarks=tuple(remarks))
+    found = ((n, column) for n, line in enumerate(lines, 1) if (column := bad_brace(line)))
+    return CaptionFile(lines=filled, remarks=tuple(remarks), bad_brace=next(found, None))
+
+
+def bad_brace(text: str) -> int | None:
+    """Give the column, counted from 1, of the first brace that is no part of a wildcard.
+
+    Wildcards are ``{red|blue}``, not one inside another; ``{{`` and ``}}`` stand for braces, and
+    ``{}`` for itself.
+    """
+    for match in _BRACES.finditer(text):
+        if match[0] in ("{", "}"):
+            return match.start() + 1
+        inner = (match[1] or "").replace("{{", "  ").find("{")
+        if inner >= 0:
+            return match.start(1) + inner + 1
+    return None
 
 
 def process_caption(caption: str, options: CaptionOptions, rng: random.Random, epoch: int) -> str:
@@ -108,8 +147,8 @@ def process_caption(caption: str, options: CaptionOptions, rng: random.Random, e
 
 
 def possible_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
-    """Give every caption that :func:`process_caption` can give. Tags must not change."""
-    assert not options.changes_tags
+    """Give every caption that :func:`process_caption` can give, if it is not unrepeatable."""
+    assert not options.unrepeatable
     kept = _undropped(caption, options, random.Random(0))
     return (kept, "") if options.drops_captions else (kept,)
 
@@ -123,7 +162,7 @@ def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[s
     """Say where options that keep tags cannot do so."""
     mark, separator = options.keep_tokens_separator, options.caption_separator
     unmarked = short = total = 0
-    for caption in captions:
+    for caption in (line for lines in captions for line in lines.split("\n")):
         total += 1
         if mark and mark in caption:
             continue
@@ -149,6 +188,32 @@ def _is_dropped(options: CaptionOptions, rng: random.Random, epoch: int) -> bool
 def _undropped(caption: str, options: CaptionOptions, rng: random.Random) -> str:
     parts = (options.caption_prefix, caption, options.caption_suffix)
     caption = " ".join(part for part in parts if part)
+    if options.enable_wildcard:
+        caption = _without_wildcards(caption, rng if options.enable_wildcard is True else None)
+    caption = _with_tags_varied(caption, options, rng)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
+    return caption
+
+
+_BRACES = re.compile(r"\{\{|\}\}|\{((?:[^{}]|\{\{?|\}\})++)\}|\{\}|[{}]")
+
+
+def _without_wildcards(caption: str, rng: random.Random | None) -> str:
+    """Draw a line and an alternative of each wildcard; without ``rng``, take the first ones."""
+
+    def put(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0] if match[0] == "{}" else match[0][0]
+        alternatives = match[1].split("|")
+        chosen = rng.choice(alternatives) if rng else alternatives[0]
+        return chosen.replace("{{", "{").replace("}}", "}")
+
+    lines = caption.split("\n")
+    return _BRACES.sub(put, rng.choice(lines) if rng else lines[0])
+
+
+def _with_tags_varied(caption: str, options: CaptionOptions, rng: random.Random) -> str:
     separator, mark = options.caption_separator, options.keep_tokens_separator
     if mark and mark in caption:
         kept, flexible, *rest = (split_tags(piece, separator) for piece in caption.split(mark))

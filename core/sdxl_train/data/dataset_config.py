@@ -16,7 +16,12 @@ from sdxl_train.data.buckets import BucketOptions, Size
 from sdxl_train.data.captions import CaptionOptions
 from sdxl_train.data.dataset_file import CALLED_HERE, read_dataset_file
 from sdxl_train.data.dataset_options import DEFAULT, DatasetOptions
-from sdxl_train.data.dataset_rules import face_crop_problems, mask_problems, subset_problems
+from sdxl_train.data.dataset_rules import (
+    face_crop_problems,
+    mask_problems,
+    spelling_problems,
+    subset_problems,
+)
 from sdxl_train.data.folders import expanded, file_problem, find_folders, folder_problem
 from sdxl_train.data.views import ViewOptions
 from sdxl_train.errors import Problem, UserError
@@ -121,7 +126,10 @@ def resolve_datasets(
             if options.dataset_config is not None
             else _from_folders(options, place)
         )
-        problems += mask_problems(datasets, options, place)
+        problems += [
+            *spelling_problems(options, place),
+            *mask_problems(datasets, options, place),
+        ]
         return datasets, problems, warnings
     nothing = Problem(
         place=place("train_data_dir"),
@@ -215,6 +223,8 @@ class _Values:
                 self.origins[name] = layer.place(name)
                 return value
         option = _ON_COMMAND_LINE.get(name, name)
+        if name == "caption_extension" and "caption_extention" in self.options.model_fields_set:
+            option = "caption_extention"
         is_set = option in self.options.model_fields_set
         self.origins[name] = self.place(option) if is_set else DEFAULT
         return getattr(self.options, option, None)

@@ -44,6 +44,8 @@ class SubsetDefaults(BaseModel):
     caption_separator: Separator | None = None
     keep_tokens: Count | None = None
     keep_tokens_separator: str | None = None
+    secondary_separator: Separator | None = None
+    enable_wildcard: bool | None = None
     caption_prefix: str | None = None
     caption_suffix: str | None = None
     caption_dropout_rate: Share | None = None

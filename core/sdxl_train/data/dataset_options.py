@@ -110,6 +110,9 @@ class DatasetOptions(OptionModel):
         ".caption",
         description="Ending of caption files, beside the images. Unset: .caption, else .txt.",
     )
+    caption_extention: Extension | None = Field(
+        None, description="The same as caption_extension, as it was once spelled."
+    )
     shuffle_caption: bool = Field(False, description="Shuffle the tags of a caption each time.")
     caption_separator: Separator = Field(",", description="What stands between the tags.")
     keep_tokens: Count = Field(
@@ -119,6 +122,16 @@ class DatasetOptions(OptionModel):
         "",
         description="Mark after which the tags may be shuffled or dropped, until it occurs again. "
         "It is taken out of the caption.",
+    )
+    secondary_separator: Separator | None = Field(
+        None,
+        description="What stands between tags that stay together; in the end it becomes the "
+        "caption_separator.",
+    )
+    enable_wildcard: bool = Field(
+        False,
+        description="Each time, draw one line of a caption file with several, and one alternative "
+        "of {red|blue}. {{ and }} stand for braces.",
     )
     caption_prefix: str | None = Field(None, description="Text put before each caption.")
     caption_suffix: str | None = Field(None, description="Text put after each caption.")

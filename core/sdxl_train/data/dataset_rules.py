@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sdxl_train.data.captions import BALANCE, UNBALANCED, bad_brace
 from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.errors import Problem
 
@@ -26,6 +27,7 @@ def subset_problems(
         yield from _frozen(
             subset, subset.captions.unrepeatable, place("cache_text_encoder_outputs"), keeps
         )
+    yield from _caption_problems(subset)
     if subset.mask_dir is not None and subset.alpha_mask:
         yield Problem(
             place=subset.origins["alpha_mask"],
@@ -38,6 +40,41 @@ def subset_problems(
             place=subset.origins["conditioning_data_dir"],
             message="has no effect without masked_loss",
             remedy="add --masked_loss, or leave it out",
+        )
+
+
+def _caption_problems(subset: SubsetConfig) -> Iterator[Problem]:
+    captions = subset.captions
+    secondary, separator = captions.secondary_separator, captions.caption_separator
+    if secondary and separator in secondary:
+        yield Problem(
+            place=subset.origins["secondary_separator"],
+            message=f"{secondary!r} has the caption_separator {separator!r} in it, which parts "
+            "tags first",
+            remedy="choose another one, such as ;;;",
+        )
+    if captions.enable_wildcard:
+        texts = {
+            "class_tokens": subset.class_tokens or "",
+            "caption_prefix": captions.caption_prefix,
+            "caption_suffix": captions.caption_suffix,
+        }
+        for name, text in texts.items():
+            if column := bad_brace(text):
+                yield Problem(
+                    place=subset.origins[name],
+                    message=f"{text!r}, column {column}: {UNBALANCED}",
+                    remedy=BALANCE,
+                )
+
+
+def spelling_problems(options: DatasetOptions, place: Callable[[str], str]) -> Iterator[Problem]:
+    """Yield an option that is given under both of its names."""
+    if {"caption_extension", "caption_extention"} <= options.model_fields_set:
+        yield Problem(
+            place=place("caption_extention"),
+            message=f"given together with {place('caption_extension')}, which is the same",
+            remedy="leave it out",
         )
 
 

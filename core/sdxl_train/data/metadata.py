@@ -105,8 +105,8 @@ def _subset(subset: SubsetConfig, images: Sequence[ImageRecord]) -> dict[str, An
         "shuffle_caption": captions.shuffle_caption,
         "keep_tokens": captions.keep_tokens,
         "keep_tokens_separator": captions.keep_tokens_separator,
-        "secondary_separator": None,
-        "enable_wildcard": False,
+        "secondary_separator": captions.secondary_separator or None,
+        "enable_wildcard": captions.enable_wildcard,
         "caption_prefix": captions.caption_prefix or None,
         "caption_suffix": captions.caption_suffix or None,
         "resize_interpolation": subset.resize_interpolation,
@@ -143,7 +143,7 @@ def _tag_frequencies(datasets: Iterable[Dataset]) -> dict[str, dict[str, int]]:
     for dataset in datasets:
         for image in dataset.images:
             folder = frequencies.setdefault(dataset.subset_of(image).image_dir.name, Counter())
-            folder.update(split_tags(image.caption.lower()))
+            folder.update(split_tags(image.caption.lower().replace("\n", ",")))
     return {name: dict(counter) for name, counter in frequencies.items()}
 
 

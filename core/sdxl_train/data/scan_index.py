@@ -27,7 +27,7 @@ from sdxl_train.files import replace_file
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-_FORMAT = 2
+_FORMAT = 3
 """Another one when a reader of files gives something else than before."""
 _TICK_NS = 50_000_000
 """Longest step of the clock of a file system that tells parts of a second."""

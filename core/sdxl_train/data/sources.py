@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.data.buckets import SizeError, bucket_warnings, check_buckets, fitter
-from sdxl_train.data.captions import caption_warnings
+from sdxl_train.data.captions import BALANCE, UNBALANCED, caption_warnings
 from sdxl_train.data.dataset_config import DEFAULT
 from sdxl_train.data.images import ImageError, ImageHeader
 from sdxl_train.data.listing import Remarks, Skipped, list_folder, list_masks
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sdxl_train.data.buckets import Fit, Size
+    from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
     from sdxl_train.data.listing import Listing
     from sdxl_train.data.reading import Read
@@ -40,7 +41,7 @@ class ImageRecord:
     Attributes:
         path: The file.
         size: Its (width, height), upright.
-        caption: Its caption as read, or the class tokens, or empty.
+        caption: Its caption as read, or the class tokens, or empty; with wildcards, all lines.
         has_caption: Whether it has a caption file.
         repeats: Times that it is trained in an epoch.
         is_reg: Whether it is a regularization image.
@@ -312,9 +313,7 @@ class _Scanner:
         if isinstance(read.caption, Problem):
             self.problems.append(read.caption)
         elif read.caption is not None:
-            text = read.caption.text
-            for remark in read.caption.remarks:
-                self.remarks.add(f"caption {remark}", read.caption_path or read.path)
+            text = self._caption(read.caption, read.caption_path or read.path, subset)
         if isinstance(read.header, ImageError):
             self._bad_image(read.path, str(read.header))
             return None
@@ -334,6 +333,20 @@ class _Scanner:
             fit=chosen,
             mask=read.mask_path,
         )
+
+    def _caption(self, caption: CaptionFile, path: Path, subset: SubsetConfig) -> str:
+        for remark in caption.remarks:
+            self.remarks.add(f"caption {remark}", path)
+        if not subset.captions.enable_wildcard:
+            if len(caption.lines) > 1:
+                remark = "caption more than one line, only the first is used (enable_wildcard)"
+                self.remarks.add(remark, path)
+            return caption.text
+        if caption.bad_brace:
+            line, column = caption.bad_brace
+            place = f"{path}:{line}:{column}"
+            self.problems.append(Problem(place=place, message=UNBALANCED, remedy=BALANCE))
+        return "\n".join(caption.lines)
 
     def _masks(self, subset: SubsetConfig, listing: Listing) -> list[Path | None]:
         """Give the mask of each image, if the subset has any."""

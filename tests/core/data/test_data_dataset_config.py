@@ -442,6 +442,30 @@ def test_cached_text_refuses_changing_tags_and_names_both_places(
     assert dropped.startswith(f"{path}:6: datasets[0].subsets[0].caption_tag_dropout_rate: ")
 
 
+def test_wildcards_and_the_secondary_separator_are_checked_where_they_are_set(
+    tmp_path: Path, cats: Path
+) -> None:
+    text = (
+        "[general]\nresolution = 64\nenable_wildcard = true\ncaption_prefix = 'a {b|c'\n"
+        "secondary_separator = ',,'\n"
+        f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{cats}'\n"
+    )
+    frozen, separator, prefix = problems_of(tmp_path, text, cache_text_encoder_outputs=True)
+    path = tmp_path / "data.toml"
+    assert frozen.startswith(f"{path}:3: general.enable_wildcard: ")
+    assert separator.startswith(f"{path}:5: general.secondary_separator: ',,' has the ")
+    assert prefix.startswith(f"{path}:4: general.caption_prefix: 'a {{b|c', column 3: a brace ")
+
+
+def test_the_caption_extension_is_given_under_one_name(cats: Path) -> None:
+    (dataset,), _, _ = resolve(train_data_dir=cats, resolution=64, caption_extention="tags")
+    assert dataset.subsets[0].caption_extensions == (".tags",)
+    assert dataset.subsets[0].origins["caption_extension"] == place("caption_extention")
+    options = {"caption_extention": "tags", "caption_extension": "tags"}
+    _, (problem,), _ = resolve(train_data_dir=cats, resolution=64, **options)
+    assert problem.startswith(f"{place('caption_extention')}: given together with ")
+
+
 def test_the_file_takes_the_notations_of_sd_scripts(tmp_path: Path, cats: Path) -> None:
     subset = f"[[datasets.subsets]]\nimage_dir = '{cats}'\n"
     path = toml(

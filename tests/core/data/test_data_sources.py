@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import DatasetOptions, resolve_datasets
 from sdxl_train.data.sources import Scan, scan
 
@@ -155,6 +156,52 @@ def test_captions_under_another_ending_are_not_overlooked(
     assert problems(make_scan(train_data_dir=tmp_path, caption_extension="tags")) == []
 
 
+def test_the_old_spelling_of_the_caption_extension_is_understood(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    image = make_image(tmp_path / "1_cat" / "a.png", caption="not this")
+    image.with_suffix(".tags").write_text("this", encoding="utf-8")
+    found = make_scan(train_data_dir=tmp_path, caption_extention="tags")
+    assert [record.caption for record in found.datasets[0].images] == ["this"]
+
+
+def test_lines_of_a_caption_are_kept_for_wildcards_only(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    make_image(tmp_path / "1_cat" / "a.png", caption="one\n\n two \n")
+    found = make_scan(train_data_dir=tmp_path)
+    assert found.datasets[0].images[0].caption == "one"
+    assert "only the first is used (enable_wildcard)" in " ".join(found.warnings)
+    found = make_scan(train_data_dir=tmp_path, enable_wildcard=True)
+    assert found.datasets[0].images[0].caption == "one\ntwo"
+    assert "only the first" not in " ".join(found.warnings)
+
+
+def test_an_unbalanced_wildcard_is_a_problem_with_its_column(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    image = make_image(tmp_path / "1_cat" / "a.png", caption="one\na {b|c")
+    (problem,) = problems(make_scan(train_data_dir=tmp_path, enable_wildcard=True))
+    assert problem.startswith(f"{image.with_suffix('.txt')}:2:3: a brace that is no part")
+    assert problems(make_scan(train_data_dir=tmp_path)) == []
+
+
+def test_wildcards_follow_from_seed_epoch_and_sample(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    make_image(tmp_path / "9_cat" / "a.png", caption="{a|b|c}\n{d|e}")
+    found = make_scan(train_data_dir=tmp_path, enable_wildcard=True)
+
+    def captions(seed: int, epoch: int) -> list[str]:
+        plan = BatchPlan(found.datasets, seed)
+        drawn = [(s.samples[0].repeat, plan.captions(s)[0]) for s in plan.epoch(epoch)]
+        return [caption for _, caption in sorted(drawn)]
+
+    assert captions(1, 1) == captions(1, 1)
+    assert len({tuple(captions(*key)) for key in ((1, 1), (1, 2), (2, 1))}) == 3
+    assert set(captions(1, 1)) | set(captions(1, 2)) | set(captions(2, 1)) == set("abcde")
+
+
 def test_txt_captions_are_a_problem_when_caption_is_asked_for(
     tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
 ) -> None:
@@ -176,7 +223,7 @@ def test_remarks_on_files_are_gathered(
     (folder / "big.txt").write_bytes(b"")
     found = make_scan(train_data_dir=tmp_path)
     text = "\n".join(found.warnings)
-    many = "8 files: caption more than one line, only the first is used: "
+    many = "8 files: caption more than one line, only the first is used (enable_wildcard): "
     assert many in text
     assert " and 3 more" in text
     assert f"1 file: caption not UTF-8, read as cp1252: {folder / 'tiny.txt'}" in text

@@ -21,6 +21,7 @@ from sdxl_lora_plugins import (
 from sdxl_lora_plugins.commands.convert import Convert
 from sdxl_lora_plugins.commands.demo import Demo
 from sdxl_lora_plugins.commands.extract import Extract
+from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.commands.merge import Merge
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
@@ -155,6 +156,7 @@ def register_commands() -> dict[str, type[Command]]:
     """Give the subcommands."""
     return {
         "demo": Demo,
+        "inspect": Inspect,
         "merge": Merge,
         "convert": Convert,
         "resize": Resize,

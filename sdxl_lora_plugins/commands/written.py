@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Literal
 
-from sdxl_lora_plugins.files import BadFileError, NetworkFile
 from sdxl_train import Command, Field, Problem, UserError
 
 if TYPE_CHECKING:
@@ -13,6 +12,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from sdxl_lora_plugins.files import NetworkFile
     from sdxl_lora_plugins.files.base import BaseWeights
 
 Precision = Literal["input", "float", "fp16", "bf16"]
@@ -67,6 +67,8 @@ def require(problems: Sequence[Problem]) -> None:
 
 def open_networks(paths: Sequence[Path], problems: list[Problem]) -> list[NetworkFile]:
     """Read the headers of networks; what is wrong with them is added to the problems."""
+    from sdxl_lora_plugins.files import BadFileError, NetworkFile
+
     files: list[NetworkFile] = []
     for path in paths:
         try:
@@ -89,6 +91,7 @@ def open_base(path: Path, place: str) -> BaseWeights:
     Raises:
         UserError: If it is none.
     """
+    from sdxl_lora_plugins.files import BadFileError
     from sdxl_lora_plugins.files.base import BaseWeights
 
     try:

@@ -58,6 +58,7 @@ def test_args_reach_their_component(site: Site, resolve: Resolve) -> None:
         "network_dim": 2,
         "network_alpha": 1.0,
         "network_dropout": None,
+        "network_weights": None,
         "rings": 5,
         "tokens": "a=b,c",
     }

@@ -97,6 +97,9 @@ def test_loraplus_and_block_groups_equal_the_golden_ones(
         if isinstance(text, list) and len(text) != 1:
             # Two rates are honoured here, and an empty list is refused.
             continue
+        if args["unet_lr"] == 0 and "loraplus_unet_lr_ratio" in own:
+            # A ratio for a part that does not train is refused here.
+            continue
         if text is not None:
             args["text_encoder_lr"] = text if isinstance(text, list) else [text]
         ratios = {n: float(value) for n, value in own.items() if n.startswith("loraplus")}
@@ -107,7 +110,7 @@ def test_loraplus_and_block_groups_equal_the_golden_ones(
         found = {g["name"]: (g["lr"], len(g["params"])) for g in assembly.groups}
         assert found == expected
         checked += 1
-    assert checked == 7
+    assert checked == 6
 
 
 def test_specific_loraplus_ratio_overrides_the_common_one(

@@ -31,6 +31,8 @@ Flags, dataset files and file names are those of sd-scripts."""
 HINT = """\
 `sdxl-train --help` lists every flag, `sdxl-train demo` shows a whole run without any input."""
 
+_LONG_CHOICE = 50
+"""A choice of more characters stands behind the help, where lines break."""
 _COLUMN = 34
 """Where descriptions begin."""
 
@@ -117,6 +119,8 @@ def _choices(registry: Registry, kind: Kind) -> str:
 def _option_rows(option: Option, names: str = "") -> list[str]:
     """Give the lines of an option; ``names`` are the components that it chooses from."""
     value = "NAME" if names else placeholder(option.schema)
+    if len(value) > _LONG_CHOICE:
+        names, value = value.replace("|", ", "), "NAME"
     if option.args:
         written = f"{option.flag}={value}"
     elif option.is_switch and not option.default:

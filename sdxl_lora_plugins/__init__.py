@@ -26,7 +26,7 @@ from sdxl_lora_plugins.commands.merge import Merge
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
-from sdxl_train import hookimpl
+from sdxl_train import LibraryOptimizer, hookimpl
 
 if TYPE_CHECKING:
     from sdxl_train import (
@@ -74,6 +74,9 @@ def register_optimizers() -> dict[str, type[Optimizer]]:
         "Adadelta": optimizers.Adadelta,
         "RMSprop": optimizers.RMSprop,
         "SGD": optimizers.Sgd,
+        "ASGD": LibraryOptimizer.of("torch.optim.ASGD"),
+        "Rprop": LibraryOptimizer.of("torch.optim.Rprop"),
+        "Muon": LibraryOptimizer.of("torch.optim.Muon"),
     }
     paths = {f"torch.optim.{name}": optimizer for name, optimizer in named.items()}
     return named | {"SGDNesterov": optimizers.SgdNesterov} | paths

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from sdxl_train import Field, Optimizer
+from sdxl_train import Field, LibraryOptimizer, Optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,26 +40,10 @@ class AdamW(Optimizer):
         )
 
 
-class _FromTorch(Optimizer):
-    """An optimizer of ``torch.optim``, whose options have the names that torch gives them."""
-
-    library_name: ClassVar[str]
-    """Name of the class in ``torch.optim``."""
-
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build the optimizer of ``torch.optim``."""
-        import torch
-
-        options = self.model_dump(exclude={"learning_rate"})
-        optimizer = getattr(torch.optim, self.library_name)
-        built: torch.optim.Optimizer = optimizer(groups, lr=self.learning_rate, **options)
-        return built
-
-
-class Adam(_FromTorch):
+class Adam(LibraryOptimizer):
     """Adam: steps of the running mean over its deviation (Kingma & Ba 2015)."""
 
-    library_name: ClassVar[str] = "Adam"
+    path: ClassVar[str] = "torch.optim.Adam"
 
     betas: tuple[float, float] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
@@ -71,7 +55,7 @@ class Adam(_FromTorch):
 class NAdam(Adam):
     """Adam with Nesterov momentum (Dozat 2016)."""
 
-    library_name: ClassVar[str] = "NAdam"
+    path: ClassVar[str] = "torch.optim.NAdam"
 
     momentum_decay: float = Field(4e-3, ge=0, description="Decay of the momentum.")
 
@@ -79,39 +63,39 @@ class NAdam(Adam):
 class RAdam(Adam):
     """Adam with a rectified variance, which needs no warm-up (Liu et al. 2020)."""
 
-    library_name: ClassVar[str] = "RAdam"
+    path: ClassVar[str] = "torch.optim.RAdam"
 
 
 class Adamax(Adam):
     """Adam with the largest gradient in place of the deviation (Kingma & Ba 2015, section 7)."""
 
-    library_name: ClassVar[str] = "Adamax"
+    path: ClassVar[str] = "torch.optim.Adamax"
 
 
-class Adagrad(_FromTorch):
+class Adagrad(LibraryOptimizer):
     """Adagrad: steps over the sum of all squared gradients (Duchi et al. 2011)."""
 
-    library_name: ClassVar[str] = "Adagrad"
+    path: ClassVar[str] = "torch.optim.Adagrad"
 
     lr_decay: float = Field(0.0, ge=0, description="Decay of the rate.")
     eps: float = Field(1e-10, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
 
 
-class Adadelta(_FromTorch):
+class Adadelta(LibraryOptimizer):
     """Adadelta: steps in the weights' own unit (Zeiler 2012)."""
 
-    library_name: ClassVar[str] = "Adadelta"
+    path: ClassVar[str] = "torch.optim.Adadelta"
 
     rho: float = Field(0.9, ge=0, lt=1, description="Decay of the running means.")
     eps: float = Field(1e-6, gt=0, description="Added to both roots.")
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
 
 
-class RMSprop(_FromTorch):
+class RMSprop(LibraryOptimizer):
     """RMSprop: steps over the running deviation (Hinton 2012, lecture 6e)."""
 
-    library_name: ClassVar[str] = "RMSprop"
+    path: ClassVar[str] = "torch.optim.RMSprop"
 
     alpha: float = Field(0.99, ge=0, lt=1, description="Decay of the mean squared gradient.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
@@ -119,10 +103,10 @@ class RMSprop(_FromTorch):
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
 
 
-class Sgd(_FromTorch):
+class Sgd(LibraryOptimizer):
     """Stochastic gradient descent."""
 
-    library_name: ClassVar[str] = "SGD"
+    path: ClassVar[str] = "torch.optim.SGD"
 
     momentum: float = Field(0.0, ge=0, lt=1, description="Decay of the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")

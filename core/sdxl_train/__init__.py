@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
     from sdxl_train.hookspecs import hookimpl
     from sdxl_train.libraries import quiet
+    from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.rng import derive_seed
@@ -61,6 +62,8 @@ _HOMES = {
     "RunConfig": "sdxl_train.config",
     "StepCounts": "sdxl_train.counts",
     "hookimpl": "sdxl_train.hookspecs",
+    "LibraryOptimizer": "sdxl_train.library_components",
+    "LibraryScheduler": "sdxl_train.library_components",
     "StepResult": "sdxl_train.loop",
     "Checkpoint": "sdxl_train.checkpoint",
     "ImageRequest": "sdxl_train.pictures",
@@ -90,6 +93,8 @@ __all__ = [
     "Field",
     "ImageRequest",
     "ImageSampler",
+    "LibraryOptimizer",
+    "LibraryScheduler",
     "LimitedAdapter",
     "LoadedModel",
     "Loss",

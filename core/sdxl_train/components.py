@@ -21,6 +21,7 @@ from typing import (
     ClassVar,
     Literal,
     Protocol,
+    Self,
     TypeAlias,
     runtime_checkable,
 )
@@ -63,6 +64,17 @@ class Component(OptionModel):
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Options that a resumed run may set otherwise: they say where something lies, not what is
     trained."""
+
+    @classmethod
+    def resolved(cls) -> type[Self]:
+        """Give the class that serves when a run names this one, with all its options.
+
+        Another one only where the options are known no sooner than a library is imported.
+
+        Raises:
+            PluginError: If that library is not there.
+        """
+        return cls
 
     def active(self) -> bool:
         """Tell whether the options ask for anything.

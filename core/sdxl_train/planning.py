@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
 from sdxl_train.checkpoint import kept
 from sdxl_train.disk import room_problem, room_remark
@@ -105,20 +103,19 @@ def _rate_remarks(config: RunConfig, groups: list[dict[str, Any]]) -> Iterator[s
 
 
 def _try_components(prepared: Prepared, assembly: Assembly) -> None:
-    """Let each component refuse the model's noise schedule or the length of the run.
+    """Let each component refuse its options, the model's noise schedule or the run's length.
 
     Raises:
         UserError: With what every one of them says.
     """
     config, schedule = prepared.config, assembly.model.schedule
-    # The schedule of the rates needs groups with rates, and no optimizer in particular.
-    optimizer = torch.optim.SGD([dict(group) for group in assembly.groups])
+    groups = [dict(group) for group in assembly.groups]
     builds: list[Callable[[], object]] = [
         partial(config.timesteps.build, schedule),
         partial(config.loss.build, schedule),
         *(partial(noise.build, schedule) for noise in config.noises),
         *(partial(weighting.build, schedule) for weighting in config.weightings),
-        partial(config.scheduler.build, optimizer, prepared.counts.step_plan),
+        lambda: config.scheduler.build(config.optimizer.build(groups), prepared.counts.step_plan),
     ]
     problems: list[Problem] = []
     for build in builds:

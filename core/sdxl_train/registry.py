@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from sdxl_train.components import KINDS, Component, Kind
 from sdxl_train.errors import PluginError
+from sdxl_train.library_components import LIBRARY_KINDS
 from sdxl_train.loading import component_fault
 from sdxl_train.options import Option, options_of, suggestion
 from sdxl_train.plugins import BUILTIN
@@ -108,6 +110,10 @@ class Registry:
             UnknownNameError: If there is no such component, or more than one.
             PluginError: If the plugin that was named is not there, blocked or broken.
         """
+        entry = self._found(kind, name)
+        return replace(entry, component=entry.component.resolved())
+
+    def _found(self, kind: Kind, name: str) -> Entry:
         plugin_name, colon, bare = name.partition(":")
         if colon:
             return self._qualified(kind, plugin_name, bare)
@@ -144,16 +150,25 @@ class Registry:
         return found[0]
 
     def _imported(self, kind: Kind, path: str) -> Entry:
-        """Load the class that a dotted path names."""
+        """Load what a dotted path names: a component, or a library's class to make one of."""
         module_name, _, class_name = path.rpartition(".")
+        package = path.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
+            raise UnknownNameError(
+                f"{self._unknown(kind, path)}; no package '{package}' is installed either: "
+                f"if that is its name, pip install {package.replace('_', '-')}"
+            )
         try:
-            component = getattr(importlib.import_module(module_name), class_name)
+            target = getattr(importlib.import_module(module_name), class_name)
         except (Exception, SystemExit) as error:
             # The user's own module may fail in any way.
             raise UnknownNameError(
                 f"{self._unknown(kind, path)}; nor can it be imported: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        library = LIBRARY_KINDS.get(kind.name)
+        is_component = isinstance(target, type) and issubclass(target, Component)
+        component = library.of(path).resolved() if library and not is_component else target
         if not (isinstance(component, type) and issubclass(component, kind.base)):
             raise UnknownNameError(
                 f"{path} is not a subclass of sdxl_train.{kind.base.__name__}, "
@@ -170,7 +185,11 @@ class Registry:
         hint = suggestion(name, sorted(set(names)))
         text = f"no {kind.name} is called '{name}'"
         broken = ", ".join(f"'{plugin}'" for plugin in sorted(self.host.failures))
-        notes = [hint, f"plugins that do not load were not asked: {broken}" if broken else ""]
+        distribution = self.host.manager.hook.locate_component(kind=kind.name, name=name)
+        notes = [
+            f"to have it: pip install {distribution}" if distribution else hint,
+            f"plugins that do not load were not asked: {broken}" if broken else "",
+        ]
         return "; ".join([text, *(note for note in notes if note)])
 
 

@@ -31,4 +31,46 @@ def register_optimizers() -> dict[str, type[Optimizer]]:
         for name, optimizer in named.items()
         if name != "SGDNesterov8bit"
     }
-    return named | paths
+    of = optimizers.FromBitsandbytes.of
+    further = {name: of(f"bitsandbytes.optim.{name}") for name in (*FURTHER, *PLAIN)}
+    paths |= {optimizer.path: optimizer for optimizer in further.values()}
+    return named | paths | {name: further[name] for name in FURTHER}
+
+
+FURTHER = (
+    "Adagrad8bit",
+    "Adagrad32bit",
+    "Adam32bit",
+    "AdamW32bit",
+    "AdEMAMix32bit",
+    "LAMB8bit",
+    "LAMB32bit",
+    "LARS8bit",
+    "LARS32bit",
+    "Lion32bit",
+    "PagedAdam",
+    "PagedAdam8bit",
+    "PagedAdam32bit",
+    "PagedAdEMAMix",
+    "PagedAdEMAMix32bit",
+    "PagedLion",
+    "PagedLion32bit",
+    "RMSprop8bit",
+    "RMSprop32bit",
+    "SGD8bit",
+    "SGD32bit",
+)
+"""Those whose options are what their signatures say."""
+PLAIN = (
+    "AdEMAMix",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "LAMB",
+    "LARS",
+    "Lion",
+    "PytorchLARS",
+    "RMSprop",
+    "SGD",
+)
+"""Those with state of 32 bits, by path only: their names are those of other libraries too."""

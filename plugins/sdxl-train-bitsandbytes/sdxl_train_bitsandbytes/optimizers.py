@@ -7,41 +7,35 @@ memory that moves to the CPU when the GPU is full (Dettmers et al. 2023, "QLoRA"
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from sdxl_train import Field, Optimizer, quiet
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
+from sdxl_train import Field, LibraryOptimizer, quiet
 
 
-class _FromBitsandbytes(Optimizer):
-    """What all have in common."""
+class FromBitsandbytes(LibraryOptimizer):
+    """What all have in common: each parameter is updated by itself."""
 
-    library_name: ClassVar[str]
-    """Name of the class in ``bitsandbytes.optim``."""
+    fused_backward: ClassVar[bool] = True
+
+    @classmethod
+    def library_class(cls) -> Any:
+        """Import the class, without what bitsandbytes says of the machine."""
+        with quiet("bitsandbytes"):
+            return super().library_class()
+
+
+class _Quantised(FromBitsandbytes):
+    """What those with typed options have in common."""
 
     min_8bit_size: int = Field(
         4096, ge=0, description="Tensors of fewer elements keep state of 32 bits."
     )
 
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build the optimizer of ``bitsandbytes.optim``."""
-        with quiet("bitsandbytes"):
-            import bitsandbytes.optim
 
-        options = self.model_dump(exclude={"learning_rate"})
-        optimizer = getattr(bitsandbytes.optim, self.library_name)
-        built: torch.optim.Optimizer = optimizer(groups, lr=self.learning_rate, **options)
-        return built
-
-
-class AdamW8bit(_FromBitsandbytes):
+class AdamW8bit(_Quantised):
     """AdamW (Loshchilov & Hutter 2019) with state of 8 bits: a quarter of its memory."""
 
-    library_name: ClassVar[str] = "AdamW8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.AdamW8bit"
 
     betas: tuple[float, float] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
@@ -53,7 +47,7 @@ class AdamW8bit(_FromBitsandbytes):
 class Adam8bit(AdamW8bit):
     """Adam (Kingma & Ba 2015) with state of 8 bits; in bitsandbytes its decay is AdamW's."""
 
-    library_name: ClassVar[str] = "Adam8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.Adam8bit"
 
     weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")
 
@@ -61,28 +55,28 @@ class Adam8bit(AdamW8bit):
 class PagedAdamW(AdamW8bit):
     """AdamW with state of 32 bits that moves to the CPU when the GPU is full."""
 
-    library_name: ClassVar[str] = "PagedAdamW"
+    path: ClassVar[str] = "bitsandbytes.optim.PagedAdamW"
 
 
 class PagedAdamW8bit(AdamW8bit):
     """AdamW with state of 8 bits that moves to the CPU when the GPU is full."""
 
-    library_name: ClassVar[str] = "PagedAdamW8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.PagedAdamW8bit"
 
 
 class PagedAdamW32bit(AdamW8bit):
     """AdamW with state of 32 bits that moves to the CPU; another name of PagedAdamW."""
 
-    library_name: ClassVar[str] = "PagedAdamW32bit"
+    path: ClassVar[str] = "bitsandbytes.optim.PagedAdamW32bit"
 
 
-class Lion8bit(_FromBitsandbytes):
+class Lion8bit(_Quantised):
     """Lion (Chen et al. 2023): the sign of the momentum, with state of 8 bits.
 
     Wants about a third of AdamW's rate and three times its weight decay.
     """
 
-    library_name: ClassVar[str] = "Lion8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.Lion8bit"
 
     betas: tuple[float, float] = Field(
         (0.9, 0.99), description="Mix of gradient and momentum in the step, decay of the momentum."
@@ -93,13 +87,13 @@ class Lion8bit(_FromBitsandbytes):
 class PagedLion8bit(Lion8bit):
     """Lion with state of 8 bits that moves to the CPU when the GPU is full."""
 
-    library_name: ClassVar[str] = "PagedLion8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.PagedLion8bit"
 
 
-class AdEMAMix8bit(_FromBitsandbytes):
+class AdEMAMix8bit(_Quantised):
     """AdEMAMix (Pagliardini et al. 2024): AdamW with a second, slow momentum; state of 8 bits."""
 
-    library_name: ClassVar[str] = "AdEMAMix8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.AdEMAMix8bit"
 
     betas: tuple[float, float, float] = Field(
         (0.9, 0.999, 0.9999), description="Decay of gradient, squared gradient and slow momentum."
@@ -114,16 +108,16 @@ class AdEMAMix8bit(_FromBitsandbytes):
 class PagedAdEMAMix8bit(AdEMAMix8bit):
     """AdEMAMix with state of 8 bits that moves to the CPU when the GPU is full."""
 
-    library_name: ClassVar[str] = "PagedAdEMAMix8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.PagedAdEMAMix8bit"
 
 
-class SGDNesterov8bit(_FromBitsandbytes):
+class SGDNesterov8bit(_Quantised):
     """Stochastic gradient descent with momentum of 8 bits, called as sd-scripts does.
 
     bitsandbytes has no Nesterov step: it takes the option and computes plain momentum.
     """
 
-    library_name: ClassVar[str] = "SGD8bit"
+    path: ClassVar[str] = "bitsandbytes.optim.SGD8bit"
 
     momentum: float = Field(0.9, gt=0, lt=1, description="Decay of the momentum.")
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_train import Field, Optimizer, hookimpl
+from sdxl_train import Field, LibraryOptimizer, hookimpl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    import torch
+    from sdxl_train import Optimizer
 
 
-class Prodigy(Optimizer):
+class Prodigy(LibraryOptimizer):
     """Prodigy (Mishchenko & Defazio 2023, algorithm 4): Adam with a step size that it estimates.
 
     The step is ``lr d``, where ``d`` grows from ``d0`` towards the distance to the solution; so the
     learning rate is a factor, usually 1, and the same for all groups.
     """
 
+    path: ClassVar[str] = "prodigyopt.Prodigy"
     single_lr: ClassVar[bool] = True
 
     learning_rate: float = Field(1.0, ge=0, description="Factor of the estimated rate, usually 1.")
@@ -39,22 +38,12 @@ class Prodigy(Optimizer):
     )
     d0: float = Field(1e-6, gt=0, description="First estimate.")
     d_coef: float = Field(1.0, gt=0, description="Factor of the estimate, usually 0.5 to 2.")
-    growth_rate: float | Literal["inf"] = Field(
-        "inf", description="Limit to the growth of the estimate in a step, such as 1.02."
+    growth_rate: float | None = Field(
+        None, gt=1, description="Limit to the growth of the estimate in a step, such as 1.02."
     )
     slice_p: int = Field(
         1, ge=1, description="Estimate from every so many-th element only, which saves memory."
     )
-
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build ``prodigyopt.Prodigy``."""
-        import prodigyopt
-
-        options = self.model_dump(exclude={"learning_rate", "growth_rate"})
-        built: torch.optim.Optimizer = prodigyopt.Prodigy(
-            groups, lr=self.learning_rate, growth_rate=float(self.growth_rate), **options
-        )
-        return built
 
 
 @hookimpl

@@ -108,15 +108,6 @@ def identify_network(keys: Iterable[str], metadata: Mapping[str, str]) -> str | 
     raise NotImplementedError
 
 
-@hookspec(firstresult=True)
-def locate_component(kind: str, name: str) -> str | None:
-    """Name the distribution that pip installs a component from which no installed plugin has.
-
-    Stops at the first answer that is not None.
-    """
-    raise NotImplementedError
-
-
 @hookspec
 def run_started(run: Run) -> None:
     """Everything is built and restored; the first step comes next."""

@@ -185,11 +185,7 @@ class Registry:
         hint = suggestion(name, sorted(set(names)))
         text = f"no {kind.name} is called '{name}'"
         broken = ", ".join(f"'{plugin}'" for plugin in sorted(self.host.failures))
-        distribution = self.host.manager.hook.locate_component(kind=kind.name, name=name)
-        notes = [
-            f"to have it: pip install {distribution}" if distribution else hint,
-            f"plugins that do not load were not asked: {broken}" if broken else "",
-        ]
+        notes = [hint, f"plugins that do not load were not asked: {broken}" if broken else ""]
         return "; ".join([text, *(note for note in notes if note)])
 
 

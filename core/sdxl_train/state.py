@@ -21,6 +21,7 @@ from sdxl_train.checkpoint import require_finite
 from sdxl_train.disk import require_room
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.files import sync_folder
+from sdxl_train.packing import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "state.json"
 """Written last: a folder without it is no state."""
 _FOLDER_NAME = re.compile(r"(?:\.(?=.*-state\.))?(.+)-state(?:\.[^.]+(?:\.old)?)?")
-_PARAMETERS, _OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
+_PARAMETERS, _TENSORS = "parameters.safetensors", "optimizer.safetensors"
 _DETAILS = "details.json"
 
 
@@ -111,27 +112,41 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     scheduler: LRScheduler,
     scaler: torch.amp.GradScaler | None,
+    observers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write a state; a state of that name stays whole until the new one is.
 
+    Args:
+        folder: The folder to be.
+        manifest: What the state is of.
+        parameters: What trains.
+        optimizer: Its optimizer.
+        scheduler: The schedule of its rates.
+        scaler: The gradient scaler, if there is one.
+        observers: What observers keep, by their names.
+
     Raises:
-        TrainingError: If a value is not finite, or it cannot be written.
+        TrainingError: If a value is not finite or has no place in a file, or it cannot be written.
     """
-    tensors, plain = _split(optimizer.state_dict())
+    tensors: dict[str, Tensor] = {}
+    try:
+        details = {
+            "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+            "scheduler": _packable(scheduler.state_dict(), tensors),
+            "scaler": scaler.state_dict() if scaler else None,
+            "observers": pack(dict(observers or {}), tensors, "observers"),
+        }
+    except TypeError as error:
+        raise TrainingError(f"state {folder} cannot be written: {error}") from error
     weights = {str(index): parameter for index, parameter in enumerate(parameters)}
     require_finite({**{f"parameter {name}": t for name, t in weights.items()}, **tensors}, folder)
     needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
     require_room(folder.parent, needed, folder.name)
-    details = {
-        "optimizer": plain,
-        "scheduler": _plain(scheduler.state_dict()),
-        "scaler": scaler.state_dict() if scaler else None,
-    }
     try:
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             _write_tensors(temporary / _PARAMETERS, weights)
-            _write_tensors(temporary / _OPTIMIZER, tensors)
+            _write_tensors(temporary / _TENSORS, tensors)
             _write_json(temporary / _DETAILS, details)
             _write_json(temporary / MANIFEST, asdict(manifest))
             temporary.chmod(folder.parent.stat().st_mode & 0o777)
@@ -174,79 +189,63 @@ def load_optimizer(
     Raises:
         UserError: If a file is corrupt, or of other parameters.
     """
+    details = _read_details(folder)
     try:
-        details = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
-        merged = _merge(_read_tensors(folder / _OPTIMIZER), details["optimizer"])
-        optimizer.load_state_dict(merged)
+        optimizer.load_state_dict(details["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(details["scheduler"])
         if scaler is not None and details["scaler"]:
             scaler.load_state_dict(details["scaler"])
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UserError.of(
             str(folder), f"its optimizer state does not fit: {error}", "resume from another state"
         ) from error
 
 
-def _split(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Part an optimizer's ``state_dict`` into tensors by ``index.name`` and plain values.
+def load_observers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Give what observers kept, by their names.
 
-    Some keep a dict of tensors under a name (bitsandbytes): ``index.name.inner``.
+    Raises:
+        UserError: If a file is corrupt.
     """
-    tensors: dict[str, Tensor] = {}
-    plain = {
-        str(index): _without_tensors(entries, str(index), tensors)
-        for index, entries in state["state"].items()
-    }
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+    kept: dict[str, dict[str, Any]] = _read_details(folder).get("observers", {})
+    return kept
 
 
-def _without_tensors(
-    entries: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor]
-) -> dict[str, Any]:
-    """Move the tensors in ``entries`` to ``tensors``, and give what is left."""
-    import torch
-
-    plain: dict[str, Any] = {}
-    for name, value in entries.items():
-        if isinstance(value, torch.Tensor):
-            tensors[f"{prefix}.{name}"] = value
-        elif isinstance(value, dict):
-            plain[name] = _without_tensors(value, f"{prefix}.{name}", tensors)
-        else:
-            plain[name] = value
-    return plain
+def _read_details(folder: Path) -> dict[str, Any]:
+    """Give what a state holds beside the parameters."""
+    tensors = _read_tensors(folder / _TENSORS)
+    try:
+        packed = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
+        details: dict[str, Any] = unpack(packed, tensors)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError.of(
+            str(folder / _DETAILS), f"is corrupt: {error}", "resume from another state"
+        ) from error
+    return details
 
 
-def _merge(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str, Any]:
-    entries: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in plain["state"].items()
-    }
-    for key, tensor in tensors.items():
-        index, *outer, name = key.split(".")
-        place = entries.setdefault(int(index), {})
-        for part in outer:
-            place = place[part]
-        place[name] = tensor
-    return {"state": entries, "param_groups": plain["param_groups"]}
-
-
-def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+def _packable(state: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Leave out of a scheduler's state what its constructor makes anew (functions, optimizers)."""
     kept = {}
     for name, value in state.items():
         try:
-            json.dumps(value)
+            kept[name] = pack(value, tensors, f"scheduler.{name}")
         except TypeError:
             continue
-        kept[name] = value
     return kept
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     import safetensors.torch
 
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous()
+        # Groups may share a tensor (Prodigy's estimate), which safetensors refuses.
+        plain[name] = data.clone() if data.data_ptr() in seen else data
+        seen.add(data.data_ptr())
     _write(path, safetensors.torch.save(plain))
 
 

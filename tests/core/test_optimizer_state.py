@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,16 +11,28 @@ import torch
 
 from sdxl_train.assembly import _require_one_rate
 from sdxl_train.errors import UserError
-from sdxl_train.state import _merge, _split
+from sdxl_train.packing import pack, unpack
 
 
-def test_nested_tensors_are_saved_beside_the_plain_values() -> None:
-    inner = {"state1": torch.ones(2, dtype=torch.uint8), "size": 3}
-    state = {0: {"step": 4, "mean": torch.zeros(1), "quantised": inner}, 1: {"step": 4}}
-    tensors, plain = _split({"state": state, "param_groups": [{"lr": 1.0}]})
-    assert tensors.keys() == {"0.mean", "0.quantised.state1"}
-    assert plain["state"]["0"] == {"step": 4, "quantised": {"size": 3}}
-    assert _merge(tensors, plain) == {"state": state, "param_groups": [{"lr": 1.0}]}
+def test_nested_values_come_back_as_they_were() -> None:
+    inner = {"state1": torch.ones(2, dtype=torch.uint8), "size": 3, "dtype": torch.bfloat16}
+    state: dict[str, Any] = {
+        "state": {0: {"step": 4, "mean": torch.zeros(1), "inner": inner}, "k": torch.ones(())}
+    }
+    state["param_groups"] = {"betas": (0.9, 0.99), "lr": 1.0, "none": None, "list": [1, "a"]}
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(pack(state, tensors, "optimizer")))
+    assert tensors.keys() == {
+        "optimizer.state.0.mean",
+        "optimizer.state.0.inner.state1",
+        "optimizer.state.k",
+    }
+    assert unpack(plain, tensors) == state
+
+
+def test_what_has_no_place_in_a_file_is_named() -> None:
+    with pytest.raises(TypeError, match=r"optimizer\.state\.0\.projector is a object"):
+        pack({"state": {0: {"projector": object()}}}, {}, "optimizer")
 
 
 def test_rates_that_differ_are_refused_where_only_one_is_possible() -> None:

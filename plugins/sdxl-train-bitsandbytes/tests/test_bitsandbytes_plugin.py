@@ -85,7 +85,7 @@ def test_groups_keep_their_rates_and_names() -> None:
 
 def test_entry_point_registers_every_optimizer() -> None:
     (entry,) = entry_points(group="sdxl_train", name="bitsandbytes")
-    assert entry.load().register_optimizers() == OPTIMIZERS
+    assert entry.load().register_optimizers().keys() == OPTIMIZERS.keys()
 
 
 def test_importing_the_plugin_imports_neither_torch_nor_bitsandbytes() -> None:

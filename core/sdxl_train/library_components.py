@@ -64,7 +64,7 @@ class OfLibrary(Component):
         except TypeError as error:
             raise PluginError(f"{cls.path} cannot be used: {error}") from None
         namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "has_signature": True}
-        base = type(cls.__name__, (cls,), {**namespace, **cls._traits(target)})
+        base: Any = type(cls.__name__, (cls,), {**namespace, **cls._traits(target)})
         made: type[Self] = create_model(
             cls.__name__, __base__=base, __module__=cls.__module__, __doc__=cls.__doc__, **fields
         )

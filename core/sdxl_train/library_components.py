@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import Field, create_model
 
@@ -65,10 +65,10 @@ class OfLibrary(Component):
             raise PluginError(f"{cls.path} cannot be used: {error}") from None
         namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__, "has_signature": True}
         base: Any = type(cls.__name__, (cls,), {**namespace, **cls._traits(target)})
-        made: type[Self] = create_model(
+        made = cast("Any", create_model)(
             cls.__name__, __base__=base, __module__=cls.__module__, __doc__=cls.__doc__, **fields
         )
-        return made
+        return cast("type[Self]", made)
 
     @classmethod
     def library_class(cls) -> Any:

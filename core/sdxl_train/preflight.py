@@ -78,6 +78,7 @@ def prepare(
         warnings.extend(_remarks(config))
         if scanned is not None:
             warnings.extend(_idle_validation(config, scanned))
+        warnings.extend(_cache_remarks(config, scanned))
     resume = _resume_point(config, scanned, problems) if config and scanned else None
     if problems or config is None or scanned is None:
         raise UserError(problems)
@@ -170,13 +171,8 @@ def _scan(
     )
     problems.extend(scanned.problems)
     warnings.extend(scanned.warnings)
-    try:
-        scanned.index.save()
-    except OSError as error:
-        warnings.append(
-            f"what is known of the images cannot be kept for the next start: {error.strerror} "
-            f"({scanned.index.home})"
-        )
+    if remark := scanned.index.save():
+        warnings.append(remark)
     return scanned
 
 
@@ -228,6 +224,21 @@ def _precision_problems(config: RunConfig) -> Iterator[Problem]:
                 f"{config.name_of('optimizer')}, which swaps its weights outside of its steps",
                 remedy="leave one of them out",
             )
+
+
+def _cache_remarks(config: RunConfig, scanned: Scan | None) -> Iterator[str]:
+    """Say what becomes of caches, where it may not be expected."""
+    data = config.dataset
+    if data.skip_cache_check and not (
+        data.cache_latents_to_disk or data.cache_text_encoder_outputs_to_disk
+    ):
+        yield f"{config.place('skip_cache_check')} has no effect: nothing is cached on disk"
+    foreign = [s.path for s in scanned.skipped if s.path.suffix == ".npz"] if scanned else []
+    if foreign and data.caches_latents:
+        yield (
+            f"{len(foreign)} .npz files of another trainer, such as {foreign[0]}, are left alone: "
+            "they do not tell what they were made of"
+        )
 
 
 def _remarks(config: RunConfig) -> Iterator[str]:

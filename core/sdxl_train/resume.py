@@ -65,8 +65,12 @@ MAY_CHANGE = frozenset(
         # How the same batches come about.
         "on_bad_image",
         "cache_latents",
+        "cache_latents_to_disk",
         "vae_batch_size",
         "cache_text_encoder_outputs",
+        "cache_text_encoder_outputs_to_disk",
+        "text_encoder_batch_size",
+        "skip_cache_check",
         "max_data_loader_n_workers",
         "persistent_data_loader_workers",
         # Compared apart: the seed of the state serves when the run names none.

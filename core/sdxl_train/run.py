@@ -151,7 +151,7 @@ class Trainer:
         self.assembly = assemble(config, device, prepared.seed)
         self.model = self.assembly.model
         encoders = {id(encoder) for encoder in self.model.text_encoders}
-        self.trains_text = any(id(part.module) in encoders for part in self.model.parts)
+        trains_text = any(id(part.module) in encoders for part in self.model.parts)
         optimizer = config.optimizer.build(self.assembly.groups)
         if config.optimizer.train_eval_modes:
             optimizer.train()  # type: ignore[attr-defined]
@@ -197,7 +197,9 @@ class Trainer:
         self.wide_steps = self._keep_narrow(optimizer)
         self.change = ChangeCheck(self.assembly.parameters)
         self.events = self._build_events()
-        self.supply = Supply(prepared, self.model, device, self.accelerator.autocast)
+        self.supply = Supply(
+            prepared, self.model, device, self.accelerator.autocast, trains_text=trains_text
+        )
         self.supply.fill_caches()
         self.validation = self._build_validation()
 
@@ -382,10 +384,7 @@ class Trainer:
         return events
 
     def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
-        text = batch.text
-        if text is None:
-            with torch.set_grad_enabled(self.trains_text and torch.is_grad_enabled()):
-                text = self.model.encode_text(batch.captions)
+        text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
         return {
             **text,
             "original_size": batch.original_size,

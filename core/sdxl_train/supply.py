@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
-from sdxl_train.data.cache import LatentCache, TextCache
+from sdxl_train.data.cache import LatentCache, MemoryStore, TextCache, latent_keys
+from sdxl_train.data.disk_store import (
+    DiskStore,
+    check_unchanged,
+    latent_entries,
+    text_entries,
+)
 from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.loop import StepBatches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
 
     from sdxl_train.components import LoadedModel
     from sdxl_train.data.batches import Batch, BatchPlan
+    from sdxl_train.data.cache import LatentKey, Store
     from sdxl_train.preflight import Prepared
-
-_CAPTIONS_AT_ONCE = 8
+logger = logging.getLogger(__name__)
 
 
 class Supply:
@@ -34,6 +42,7 @@ class Supply:
         model: Encodes images and captions.
         device: Where the batches are wanted.
         autocast: The precision in which captions are encoded.
+        trains_text: Leave captions to the step, which encodes them with their gradients.
     """
 
     def __init__(
@@ -42,41 +51,78 @@ class Supply:
         model: LoadedModel,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[Any]],
+        *,
+        trains_text: bool,
     ) -> None:
         self.prepared = prepared
         self.options = prepared.config.dataset
         self.model = model
         self.device = device
         self.autocast = autocast
+        self.trains_text = trains_text
         self._loader = self._loader_of(prepared.batches)
         self._validation = self._loader_of(prepared.validation) if prepared.validation else None
 
     def fill_caches(self) -> None:
         """Fill the caches that the options ask for, then free what only they needed."""
-        for loader in self._loaders:
-            self._fill_caches(loader)
-        if self.options.cache_latents:
+        if self.options.caches_latents:
+            stores = self._latent_stores()
+            for loader, latents in zip(self._loaders, stores, strict=True):
+                self._cache_latents(loader, latents)
             self.model.release_image_encoder()
-        if self.options.cache_text_encoder_outputs:
+        if self.options.caches_text:
+            texts = self._text_stores()
+            for loader, text in zip(self._loaders, texts, strict=True):
+                self._cache_text(loader, text)
             self.model.release_text_encoders()
 
-    def _fill_caches(self, loader: BatchLoader) -> None:
-        if self.options.cache_latents:
-            loader.latents = LatentCache(loader.plan.datasets)
-            with _progress("caching latents") as progress:
-                loader.latents.fill(
-                    loader.pixels,
-                    self._encode_images,
-                    batch_size=self.options.vae_batch_size,
-                    progress=progress,
-                )
-            loader.pixels.close()
-        if self.options.cache_text_encoder_outputs:
-            loader.text = TextCache(loader.plan.datasets)
-            with _progress("caching text encoder outputs") as progress, self.autocast():
-                loader.text.fill(
-                    self.model.encode_text, batch_size=_CAPTIONS_AT_ONCE, progress=progress
-                )
+    def _latent_stores(self) -> list[Store[LatentKey]]:
+        """Give the place of each loader's latents."""
+        if not self.options.cache_latents_to_disk:
+            return [MemoryStore() for _ in self._loaders]
+        index, encoder = self.prepared.scan.index, self.model.image_encoder_identity()
+        plans = [loader.plan for loader in self._loaders]
+        entries = [
+            latent_entries(plan.datasets, latent_keys(plan.datasets), index, encoder)
+            for plan in plans
+        ]
+        if remark := index.save():
+            logger.warning("%s", remark)
+        check = not self.options.skip_cache_check
+        return [DiskStore("latents", each, check=check) for each in entries]
+
+    def _text_stores(self) -> list[Store[str]]:
+        """Give the place of each loader's encoded captions."""
+        if not self.options.cache_text_encoder_outputs_to_disk:
+            return [MemoryStore() for _ in self._loaders]
+        precision = self.prepared.config.training.mixed_precision
+        encoders = f"{self.model.text_encoders_identity()} in {precision}"
+        check = not self.options.skip_cache_check
+        return [
+            DiskStore("captions", text_entries(loader.plan.datasets, encoders), check=check)
+            for loader in self._loaders
+        ]
+
+    def _cache_latents(self, loader: BatchLoader, store: Store[LatentKey]) -> None:
+        loader.latents = LatentCache(loader.plan.datasets, store)
+        with _progress("caching latents") as progress:
+            loader.latents.fill(
+                loader.pixels,
+                self._encode_images,
+                batch_size=self.options.vae_batch_size,
+                progress=progress,
+                check=partial(check_unchanged, self.prepared.scan.index),
+            )
+        loader.pixels.close()
+
+    def _cache_text(self, loader: BatchLoader, store: Store[str]) -> None:
+        loader.text = TextCache(loader.plan.datasets, store)
+        with _progress("caching text encoder outputs") as progress, self.autocast():
+            loader.text.fill(
+                self.model.encode_text,
+                batch_size=self.options.text_encoder_batch_size,
+                progress=progress,
+            )
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
         """Give the batches of every step: whole epochs, the last one cut at the total.
@@ -134,7 +180,19 @@ class Supply:
             if moved.latents is None:
                 assert moved.pixels is not None
                 moved = replace(moved, latents=self._encode_images(moved.pixels), pixels=None)
+            if moved.text is None and not self.trains_text:
+                moved = replace(moved, text=self._encode_text(moved.captions))
             yield moved
+
+    def _encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Encode as many captions at a time as ``text_encoder_batch_size`` allows."""
+        size = self.options.text_encoder_batch_size
+        with torch.no_grad(), self.autocast():
+            parts = [
+                self.model.encode_text(captions[start : start + size])
+                for start in range(0, len(captions), size)
+            ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _encode_images(self, images: Tensor) -> Tensor:
         """Encode as many images at a time as ``vae_batch_size`` allows."""

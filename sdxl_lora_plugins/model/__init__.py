@@ -221,7 +221,7 @@ class Sdxl(Model):
                 remedy="give a rate above 0, or set unet_lr or text_encoder_lr to 0 as well",
             )
         encoders = [name for name in self.rates() if name != "unet"]
-        if config.dataset.cache_text_encoder_outputs and encoders:
+        if config.dataset.caches_text and encoders:
             yield Problem(
                 place=config.place("cache_text_encoder_outputs"),
                 message=f"outputs cannot be cached while {_listed(encoders)} are trained"

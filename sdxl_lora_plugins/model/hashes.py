@@ -1,12 +1,17 @@
-"""Hashes of weight files, as image UIs show and look them up."""
+"""Hashes of weight files, as image UIs show and look them up, and of weights in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from torch import nn
 
 
 def short_hash(path: Path) -> str:
@@ -20,3 +25,20 @@ def full_hash(path: Path) -> str:
     """Give the SHA-256 of a whole file in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_hash(modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
+    """Give a hash of modules as they are in memory: weights and their precision.
+
+    Args:
+        modules: Hold the weights.
+        settings: What else counts.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for setting in settings:
+        digest.update(f"{setting}\n".encode())
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

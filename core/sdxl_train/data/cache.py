@@ -1,32 +1,75 @@
-"""Encodings of images and captions, made once and kept in memory on the CPU."""
+"""Encodings of images and captions, made once and kept: in memory, or in files."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from sdxl_train.data.batches import BatchSpec, Sample
 from sdxl_train.data.captions import possible_captions
-from sdxl_train.errors import TrainingError
+from sdxl_train.data.entry_file import is_finite
+from sdxl_train.errors import UserError
 from sdxl_train.masks import shrunk_masks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
     from sdxl_train.data.loader import PixelLoader
     from sdxl_train.data.sources import Dataset
 
+LatentKey: TypeAlias = tuple[int, int, bool]
+"""Index of the dataset, index of the image in it, whether it is mirrored."""
+
+K = TypeVar("K", contravariant=True)
+
+
+class Store(Protocol[K]):
+    """Where encodings are kept: tensors of one sample, on the CPU, under their names."""
+
+    def __contains__(self, key: K, /) -> bool:
+        """Tell whether an encoding need not be made."""
+
+    def put(self, key: K, tensors: dict[str, Tensor], /) -> None:
+        """Keep an encoding."""
+
+    def get(self, key: K, /) -> dict[str, Tensor]:
+        """Give an encoding that is held."""
+
+
+class MemoryStore(Generic[K]):
+    """Keeps encodings in memory, for this run."""
+
+    def __init__(self) -> None:
+        self._encodings: dict[K, dict[str, Tensor]] = {}
+
+    def __contains__(self, key: K) -> bool:
+        """Tell whether an encoding need not be made."""
+        return key in self._encodings
+
+    def put(self, key: K, tensors: dict[str, Tensor]) -> None:
+        """Keep an encoding."""
+        self._encodings[key] = tensors
+
+    def get(self, key: K) -> dict[str, Tensor]:
+        """Give an encoding that is held."""
+        return self._encodings[key]
+
 
 class LatentCache:
-    """The latents of every image, also mirrored where the subset mirrors."""
+    """The latents of every image, also mirrored where the subset mirrors.
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
+    Args:
+        datasets: The images.
+        store: Keeps the latents. Default: in memory.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], store: Store[LatentKey] | None = None) -> None:
         self.datasets = datasets
-        self._latents: dict[tuple[int, int, bool], Tensor] = {}
-        self._masks: dict[tuple[int, int, bool], Tensor] = {}
+        self._store: Store[LatentKey] = MemoryStore() if store is None else store
 
     def fill(
         self,
@@ -35,71 +78,85 @@ class LatentCache:
         *,
         batch_size: int,
         progress: Callable[[int, int], None],
+        check: Callable[[Path], None] = lambda _: None,
     ) -> None:
-        """Encode all images.
+        """Encode all images that the store does not hold.
 
         Args:
             pixels: Loads the images.
             encode_images: fp32 [B, 3, H, W] in [-1, 1], on the CPU, to latents [B, C, h, w].
             batch_size: Images encoded at a time; only those of one bucket go together.
             progress: Told the number of images done and their total, after each batch.
+            check: Called with the path of an image before its latents are kept.
 
         Raises:
-            TrainingError: If an image cannot be decoded, or its latents are not finite.
+            TrainingError: If an image cannot be decoded.
+            UserError: If the latents of an image are not finite, or cannot be kept.
         """
         specs = self._specs(batch_size)
         done, total = 0, sum(len(spec.samples) for spec in specs)
         for spec, images in zip(specs, pixels.load(specs), strict=True):
             with torch.no_grad():
                 latents = encode_images(images.pixels).to("cpu", torch.float32)
-            if images.masks is not None:
-                masks = shrunk_masks(images.masks, latents.shape[-2:])
-                for sample, mask in zip(spec.samples, masks, strict=True):
-                    self._masks[spec.dataset, sample.image, sample.flipped] = mask.clone()
-            for sample, latent in zip(spec.samples, latents, strict=True):
-                if not bool(torch.isfinite(latent).all()):
-                    path = self.datasets[spec.dataset].images[sample.image].path
-                    raise TrainingError(
-                        f"{path}: its latents are not finite (NaN or infinite). The usual cause is "
-                        "a VAE in fp16: use --no_half_vae"
+            for number, (sample, latent) in enumerate(zip(spec.samples, latents, strict=True)):
+                path = self.datasets[spec.dataset].images[sample.image].path
+                encoding = {"latents": latent.clone()}
+                if images.masks is not None:
+                    mask = images.masks[number : number + 1]
+                    encoding["mask"] = shrunk_masks(mask, latents.shape[-2:])[0].clone()
+                if not is_finite(encoding):
+                    raise UserError.of(
+                        str(path),
+                        "its latents are not finite (NaN or infinite)",
+                        "the usual cause is a VAE in fp16: use --no_half_vae",
                     )
-                self._latents[spec.dataset, sample.image, sample.flipped] = latent.clone()
+                check(path)
+                self._store.put((spec.dataset, sample.image, sample.flipped), encoding)
             done += len(spec.samples)
             progress(done, total)
 
-    def latents(self, spec: BatchSpec) -> Tensor:
-        """Give the latents of a batch: fp32 [B, C, h, w]."""
-        return torch.stack(
-            [self._latents[spec.dataset, sample.image, sample.flipped] for sample in spec.samples]
-        )
+    def read(self, spec: BatchSpec) -> tuple[Tensor, Tensor | None]:
+        """Give the latents of a batch, and its masks if any image has one.
 
-    def masks(self, spec: BatchSpec) -> Tensor | None:
-        """Give the masks of a batch, of the size of its latents: fp32 [B, 1, h, w]."""
+        Returns:
+            fp32 [B, C, h, w], and fp32 [B, 1, h, w] of the same size.
+        """
         keys = [(spec.dataset, sample.image, sample.flipped) for sample in spec.samples]
-        if not any(key in self._masks for key in keys):
-            return None
-        return torch.stack([self._masks[key] for key in keys])
+        encodings = [self._store.get(key) for key in keys]
+        latents = torch.stack([encoding["latents"] for encoding in encodings])
+        if not any("mask" in encoding for encoding in encodings):
+            return latents, None
+        whole = torch.ones(1, *latents.shape[-2:])
+        return latents, torch.stack([encoding.get("mask", whole) for encoding in encodings])
 
     def _specs(self, batch_size: int) -> list[BatchSpec]:
-        specs = []
-        for index, dataset in enumerate(self.datasets):
-            groups: dict[tuple[int, int], list[Sample]] = {}
-            for number, image in enumerate(dataset.images):
-                group = groups.setdefault(image.fit.bucket, [])
-                group.append(Sample(image=number, repeat=0))
-                if dataset.subset_of(image).views.flip_aug:
-                    group.append(Sample(image=number, repeat=0, flipped=True))
-            specs += [
-                BatchSpec(
-                    dataset=index,
-                    bucket=bucket,
-                    epoch=0,
-                    samples=tuple(group[start : start + batch_size]),
-                )
-                for bucket, group in groups.items()
-                for start in range(0, len(group), batch_size)
-            ]
-        return specs
+        """Group what is missing by dataset and bucket."""
+        groups: dict[tuple[int, tuple[int, int]], list[Sample]] = {}
+        for index, number, flipped in latent_keys(self.datasets):
+            if (index, number, flipped) not in self._store:
+                bucket = self.datasets[index].images[number].fit.bucket
+                sample = Sample(image=number, repeat=0, flipped=flipped)
+                groups.setdefault((index, bucket), []).append(sample)
+        return [
+            BatchSpec(
+                dataset=index,
+                bucket=bucket,
+                epoch=0,
+                samples=tuple(group[start : start + batch_size]),
+            )
+            for (index, bucket), group in groups.items()
+            for start in range(0, len(group), batch_size)
+        ]
+
+
+def latent_keys(datasets: Sequence[Dataset]) -> list[LatentKey]:
+    """List the latents that training may want."""
+    return [
+        (index, number, flipped)
+        for index, dataset in enumerate(datasets)
+        for number, image in enumerate(dataset.images)
+        for flipped in ((False, True) if dataset.subset_of(image).views.flip_aug else (False,))
+    ]
 
 
 class TextCache:
@@ -107,9 +164,13 @@ class TextCache:
 
     Keyed by the final caption, prefix and suffix included; the empty one is among them where
     captions are dropped. Tags must not change from time to time.
+
+    Args:
+        datasets: Have the captions.
+        store: Keeps the encodings. Default: in memory.
     """
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
+    def __init__(self, datasets: Sequence[Dataset], store: Store[str] | None = None) -> None:
         self.captions: tuple[str, ...] = tuple(
             dict.fromkeys(
                 caption
@@ -118,7 +179,7 @@ class TextCache:
                 for caption in possible_captions(image.caption, dataset.subset_of(image).captions)
             )
         )
-        self._encodings: dict[str, dict[str, Tensor]] = {}
+        self._store: Store[str] = MemoryStore() if store is None else store
 
     def fill(
         self,
@@ -127,7 +188,7 @@ class TextCache:
         batch_size: int,
         progress: Callable[[int, int], None],
     ) -> None:
-        """Encode all captions.
+        """Encode all captions that the store does not hold.
 
         Args:
             encode_text: Captions to tensors that have the batch first.
@@ -135,20 +196,25 @@ class TextCache:
             progress: Told the number of captions done and their total, after each batch.
 
         Raises:
-            TrainingError: If an encoding is not finite.
+            UserError: If an encoding is not finite, or cannot be kept.
         """
-        for start in range(0, len(self.captions), batch_size):
-            captions = self.captions[start : start + batch_size]
+        missing = [caption for caption in self.captions if caption not in self._store]
+        for start in range(0, len(missing), batch_size):
+            captions = missing[start : start + batch_size]
             with torch.no_grad():
                 encoded = {name: t.to("cpu") for name, t in encode_text(captions).items()}
             for index, caption in enumerate(captions):
                 encoding = {name: tensor[index].clone() for name, tensor in encoded.items()}
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in encoding.values()):
-                    raise TrainingError(f"the encoding of caption {caption!r} is not finite")
-                self._encodings[caption] = encoding
-            progress(start + len(captions), len(self.captions))
+                if not is_finite(encoding):
+                    raise UserError.of(
+                        f"caption {caption!r}",
+                        "its encoding is not finite (NaN or infinite)",
+                        "check the base model's text encoders, or use another --mixed_precision",
+                    )
+                self._store.put(caption, encoding)
+            progress(start + len(captions), len(missing))
 
     def text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Give the encodings of captions, the batch first."""
-        encodings = [self._encodings[caption] for caption in captions]
+        encodings = [self._store.get(caption) for caption in captions]
         return {name: torch.stack([e[name] for e in encodings]) for name in encodings[0]}

@@ -199,9 +199,26 @@ class DatasetOptions(OptionModel):
     cache_latents: bool = Field(
         False, description="Encode the images once, before training, and keep the latents."
     )
-    vae_batch_size: Positive = Field(1, description="Images encoded at a time for the cache.")
+    cache_latents_to_disk: bool = Field(
+        False,
+        description="Keep the latents beside the images, for later runs. Implies cache_latents.",
+    )
+    vae_batch_size: Positive = Field(1, description="Images encoded at a time.")
     cache_text_encoder_outputs: bool = Field(
         False, description="Encode the captions once, before training; the encoders do not train."
+    )
+    cache_text_encoder_outputs_to_disk: bool = Field(
+        False,
+        description="Keep what the encoders give beside the images, for later runs. Implies "
+        "cache_text_encoder_outputs.",
+    )
+    text_encoder_batch_size: Positive = Field(
+        1, description="Captions encoded at a time while no text encoder trains."
+    )
+    skip_cache_check: bool = Field(
+        False,
+        description="Do not read the files of caches at the start; a damaged one then stops the "
+        "run when it is needed.",
     )
     max_data_loader_n_workers: Count = Field(
         8,
@@ -211,3 +228,13 @@ class DatasetOptions(OptionModel):
     persistent_data_loader_workers: bool = Field(
         False, description="Keep these processes from epoch to epoch."
     )
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether latents are kept, in memory or on disk."""
+        return self.cache_latents or self.cache_latents_to_disk
+
+    @property
+    def caches_text(self) -> bool:
+        """Whether the text encoders' outputs are kept, in memory or on disk."""
+        return self.cache_text_encoder_outputs or self.cache_text_encoder_outputs_to_disk

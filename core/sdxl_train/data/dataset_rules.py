@@ -20,9 +20,9 @@ def subset_problems(
     subset: SubsetConfig, options: DatasetOptions, place: Callable[[str], str]
 ) -> Iterator[Problem]:
     """Yield what is wrong with the options of a subset among themselves."""
-    if options.cache_latents:
+    if options.caches_latents:
         yield from _frozen(subset, subset.views.unrepeatable, place("cache_latents"), "")
-    if options.cache_text_encoder_outputs:
+    if options.caches_text:
         keeps = " (caption_dropout_rate may stay)"
         yield from _frozen(
             subset, subset.captions.unrepeatable, place("cache_text_encoder_outputs"), keeps

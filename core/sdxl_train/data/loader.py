@@ -133,7 +133,7 @@ class BatchLoader:
         """
         if self.latents is not None:
             for spec in specs:
-                latents, masks = self.latents.latents(spec), self.latents.masks(spec)
+                latents, masks = self.latents.read(spec)
                 yield self._batch(spec, None, latents, masks)
         else:
             for spec, images in zip(specs, self.pixels.load(specs), strict=True):

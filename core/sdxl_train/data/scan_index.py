@@ -187,12 +187,18 @@ class ScanIndex:
         parent, name = os.path.split(path)
         return self._folders[parent].is_unchanged(name)
 
-    def save(self) -> None:
-        """Keep what is new for the next start.
+    def save(self) -> str | None:
+        """Keep what is new for the next start; give a remark if it cannot be written."""
+        try:
+            self._save()
+        except OSError as error:
+            return (
+                "what is known of the images cannot be kept for the next start: "
+                f"{error.strerror} ({self.home})"
+            )
+        return None
 
-        Raises:
-            OSError: If it cannot be written.
-        """
+    def _save(self) -> None:
         for folder in self._folders.values():
             if self.home is not None and folder.changed:
                 self.home.mkdir(parents=True, exist_ok=True)

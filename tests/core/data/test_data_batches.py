@@ -15,7 +15,7 @@ from sdxl_train.data.batches import Batch, BatchPlan, BatchSpec
 from sdxl_train.data.cache import LatentCache, TextCache
 from sdxl_train.data.images import fit_image, load_image
 from sdxl_train.data.loader import BatchLoader, PixelLoader
-from sdxl_train.errors import TrainingError
+from sdxl_train.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -317,7 +317,7 @@ def test_latents_that_are_not_finite_name_the_image(
     def overflow(images: Tensor) -> Tensor:
         return encode_images(images) / 0.0
 
-    with pytest.raises(TrainingError, match=r"0\.png: its latents are not finite"):
+    with pytest.raises(UserError, match=r"0\.png: its latents are not finite"):
         LatentCache(found.datasets).fill(
             loader(found).pixels, overflow, batch_size=1, progress=ignore
         )

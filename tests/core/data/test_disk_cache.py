@@ -1,0 +1,334 @@
+"""Encodings on the disk: used again only while they are what they should be."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import pickle
+import struct
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdxl_train.data import entry_file
+from sdxl_train.data.cache import LatentCache, TextCache, latent_keys
+from sdxl_train.data.disk_store import (
+    DiskStore,
+    check_unchanged,
+    latent_entries,
+    text_entries,
+)
+from sdxl_train.data.listing import CACHE_FOLDER
+from sdxl_train.data.loader import PixelLoader
+from sdxl_train.errors import TrainingError, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from sdxl_train.data.cache import LatentKey
+    from sdxl_train.data.sources import Scan
+    from tests.core.data.conftest import MakeImage, MakeScan
+
+NUM_IMAGES = 3
+
+
+def encode(images: Tensor) -> Tensor:
+    """Stand in for a VAE: shrink, and tell left from right."""
+    return torch.nn.functional.avg_pool2d(images, 8) * 0.5
+
+
+def encode_text(captions: Sequence[str]) -> dict[str, Tensor]:
+    lengths = torch.tensor([float(len(caption)) for caption in captions])
+    return {"context": lengths[:, None, None].expand(-1, 2, 3), "pooled": lengths[:, None]}
+
+
+def ignore(done: int, total: int) -> None:
+    """Ignore progress."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_image: MakeImage) -> Path:
+    for number in range(NUM_IMAGES):
+        make_image(tmp_path / "train" / "1_x" / f"{number}.png", caption=f"number {number}")
+    return tmp_path / "train" / "1_x"
+
+
+@pytest.fixture
+def look(folder: Path, make_scan: MakeScan) -> Callable[..., Scan]:
+    """Scan the folder."""
+
+    def scan(**options: Any) -> Scan:
+        return make_scan(train_data_dir=folder.parent, **options)
+
+    return scan
+
+
+def open_store(found: Scan, *, vae: str = "vae", check: bool = True) -> DiskStore[LatentKey]:
+    keys = latent_keys(found.datasets)
+    return DiskStore("latents", latent_entries(found.datasets, keys, found.index, vae), check=check)
+
+
+def fill(
+    found: Scan,
+    store: DiskStore[LatentKey],
+    encoder: Callable[[Tensor], Tensor] = encode,
+    check: Callable[[Path], None] = lambda _: None,
+) -> int:
+    """Fill the cache and give the number of images that were encoded."""
+    encoded = 0
+
+    def counted(images: Tensor) -> Tensor:
+        nonlocal encoded
+        encoded += len(images)
+        return encoder(images)
+
+    LatentCache(found.datasets, store).fill(
+        PixelLoader(found.datasets, num_workers=0),
+        counted,
+        batch_size=2,
+        progress=ignore,
+        check=check,
+    )
+    return encoded
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / CACHE_FOLDER).iterdir())
+
+
+def test_a_second_run_reads_what_the_first_one_wrote(look: Callable[..., Scan]) -> None:
+    first = look()
+    store = open_store(first)
+    assert fill(first, store) == NUM_IMAGES
+    assert store.report() == "latents on disk: 3 built"
+
+    again = look()
+    second = open_store(again)
+    assert fill(again, second) == 0
+    assert second.report() == "latents on disk: 3 reused"
+    for key in latent_keys(again.datasets):
+        assert torch.equal(second.get(key)["latents"], store.get(key)["latents"])
+
+
+def test_an_edited_image_is_encoded_anew_and_no_other(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    fill(look(), open_store(look()))
+    Image.new("RGB", (64, 64), "red").save(folder / "1.png")
+
+    found = look()
+    store = open_store(found)
+    assert store.report() == "latents on disk: 1 rebuilt (the image changed), 2 reused"
+    assert fill(found, store) == 1
+    red = store.get((0, 1, False))["latents"]
+    assert torch.allclose(red[:, 0, 0], torch.tensor([0.5, -0.5, -0.5]))
+
+
+def test_what_else_shapes_the_latents_gives_the_reason(look: Callable[..., Scan]) -> None:
+    fill(look(), open_store(look()))
+
+    other_vae = open_store(look(), vae="another")
+    assert other_vae.report() == "latents on disk: 3 rebuilt (the VAE changed)"
+    smaller = open_store(look(resolution=32))
+    assert smaller.report() == "latents on disk: 3 rebuilt (the resolution changed)"
+    assert fill(look(resolution=32), smaller) == NUM_IMAGES
+    assert open_store(look()).report() == "latents on disk: 3 reused"  # those of before remain
+
+
+def test_mirrored_latents_are_entries_of_their_own(look: Callable[..., Scan]) -> None:
+    fill(look(), open_store(look()))
+
+    found = look(flip_aug=True)
+    store = open_store(found)
+    assert store.report() == "latents on disk: 3 built, 3 reused"
+    assert fill(found, store) == NUM_IMAGES
+    assert not torch.equal(store.get((0, 0, True))["latents"], store.get((0, 0, False))["latents"])
+
+
+def test_a_moved_or_renamed_dataset_keeps_no_foreign_latents(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    fill(look(), open_store(look()))
+    # The image trades its name; what is cached under it is another image's.
+    (folder / "0.png").replace(folder / "spare")
+    (folder / "1.png").replace(folder / "0.png")
+    (folder / "spare").replace(folder / "1.png")
+
+    assert open_store(look()).report() == (
+        "latents on disk: 2 rebuilt (the image changed), 1 reused"
+    )
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return pytest.fail, ("was unpickled",)
+
+
+def flip_last_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def of_a_later_version(path: Path) -> None:
+    tensors = {"latents": torch.zeros(3, 8, 8)}
+    metadata = {"slot": "latents-0-", "facts": json.dumps({"the format": "9"}), "crc32": "0"}
+    save_file(tensors, path, metadata)
+
+
+def not_finite(path: Path) -> None:
+    """Write what the program itself would have written, were the latents NaN."""
+    data = path.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:length])
+    body = {"latents": torch.full((3, 8, 8), float("nan"))}
+    header["__metadata__"]["crc32"] = entry_file._checksum(body)
+    save_file(body, path, header["__metadata__"])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "empty": lambda path: path.write_bytes(b""),
+    "a flipped bit": flip_last_bit,
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Explosive())),
+    "a huge header": lambda path: path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
+    "another program's tensors": lambda path: save_file({"latents": torch.zeros(3, 8, 8)}, path),
+    "another image's latents": lambda path: path.write_bytes(
+        next(p for p in sorted(path.parent.iterdir()) if p != path).read_bytes()
+    ),
+    "a later version's": of_a_later_version,
+    "not finite": not_finite,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_entry_is_made_anew_with_one_warning(
+    damage: str, look: Callable[..., Scan], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = look()
+    store = open_store(first)
+    fill(first, store)
+    whole = store.get((0, 0, False))["latents"]
+    bad = store.entries[0, 0, False].path
+    DAMAGES[damage](bad)
+    with caplog.at_level(logging.WARNING):
+        again = open_store(look())
+
+    assert again.report() == "latents on disk: 1 rebuilt (damaged), 2 reused"
+    assert [str(bad) in record.getMessage() for record in caplog.records] == [True]
+    assert fill(look(), again) == 1
+    assert torch.equal(again.get((0, 0, False))["latents"], whole)
+
+
+def test_an_unchecked_bad_entry_stops_the_run_when_it_is_needed(
+    look: Callable[..., Scan],
+) -> None:
+    fill(look(), open_store(look()))
+    store = open_store(look(), check=False)
+    flip_last_bit(store.entries[0, 0, False].path)
+    assert fill(look(), store) == 0
+    with pytest.raises(TrainingError, match="checksum is wrong; start again without --skip_cache"):
+        store.get((0, 0, False))
+
+
+def test_files_of_sd_scripts_are_left_alone(look: Callable[..., Scan], folder: Path) -> None:
+    theirs = folder / "0_0064x0064_sdxl.npz"
+    np.savez(theirs, latents=np.zeros((4, 8, 8), np.float32))
+    before = theirs.read_bytes()
+
+    assert fill(look(), open_store(look())) == NUM_IMAGES
+    assert theirs.read_bytes() == before
+
+
+def test_latents_that_are_not_finite_name_the_image_and_are_not_kept(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    store = open_store(look())
+    with pytest.raises(UserError, match=r"0\.png: its latents are not finite"):
+        fill(look(), store, lambda images: encode(images) * float("nan"))
+    assert not (folder / CACHE_FOLDER).exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_takes_nothing_is_a_users_error_and_leaves_no_part(
+    number: int, look: Callable[..., Scan], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(look())
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, "no room")
+
+    # The last step of writing, when all of the content is there under another name.
+    monkeypatch.setattr("pathlib.Path.replace", refuse)
+    with pytest.raises(UserError, match=rf"{CACHE_FOLDER}: the cache cannot be written: no room"):
+        fill(look(), store)
+    assert files(folder) == []
+
+
+def test_a_file_in_the_place_of_the_folder_is_a_users_error(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    (folder / CACHE_FOLDER).write_text("mine")
+    with pytest.raises(UserError, match="cannot be written: File exists"):
+        fill(look(), open_store(look()))
+
+
+def test_an_image_edited_while_it_is_encoded_is_not_kept_under_its_old_hash(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    found = look()
+    store = open_store(found)
+    Image.new("RGB", (64, 64), "blue").save(folder / "0.png")
+    with pytest.raises(TrainingError, match=r"0\.png: has changed since the start"):
+        fill(found, store, check=lambda path: check_unchanged(found.index, path))
+
+
+def test_two_runs_that_cache_one_folder_at_once_both_find_whole_entries(
+    look: Callable[..., Scan],
+) -> None:
+    stores = open_store(look()), open_store(look())
+    for store in stores:
+        assert fill(look(), store) == NUM_IMAGES
+    for store in stores:
+        for key in latent_keys(look().datasets):
+            store.get(key)
+    assert open_store(look()).report() == "latents on disk: 3 reused"
+
+
+def text_store(found: Scan, encoders: str = "encoders") -> DiskStore[str]:
+    return DiskStore("captions", text_entries(found.datasets, encoders), check=True)
+
+
+def test_captions_are_kept_by_their_words_and_by_what_encodes_them(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    found = look(caption_dropout_rate=0.5)
+    store = text_store(found)
+    text = TextCache(found.datasets, store)
+    text.fill(encode_text, batch_size=2, progress=ignore)
+    assert set(text.captions) == {"number 0", "number 1", "number 2", ""}
+    assert text.text(["", "number 1"])["pooled"].tolist() == [[0.0], [8.0]]
+
+    (folder / "1.txt").write_text("another number")
+    again = look(caption_dropout_rate=0.5)
+    assert text_store(again).report() == "captions on disk: 1 built, 3 reused"
+    other = text_store(found, "others")
+    assert other.report() == "captions on disk: 4 rebuilt (the text encoders changed)"
+
+
+def test_bfloat16_and_other_bytes_survive(look: Callable[..., Scan]) -> None:
+    found = look()
+    store = text_store(found)
+    tensor = torch.tensor([0.1, -3.0, 1e30], dtype=torch.bfloat16)
+    store.put("number 0", {"pooled": tensor, "same": tensor})
+    read = store.get("number 0")
+    assert read["pooled"].dtype == torch.bfloat16
+    assert torch.equal(read["same"], tensor)

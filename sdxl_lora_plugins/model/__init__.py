@@ -131,6 +131,12 @@ class Sdxl(Model):
     def remarks(self, config: RunConfig) -> Iterator[str]:
         """Yield where the options and the model's own word differ, and what has no effect."""
         yield from self._idle_rates(config)
+        encoders = [name for name in self.rates() if name != "unet"]
+        if config.is_set("text_encoder_batch_size") and encoders:
+            yield (
+                f"{config.place('text_encoder_batch_size')} has no effect: a text encoder trains, "
+                "and encodes whole batches"
+            )
         said = self._said()
         if said is None:
             return

@@ -23,7 +23,7 @@ def supplied(options: dict[str, Any]) -> list[list[Batch]]:
     prepared = prepare(from_mapping(options))
     assert prepared.validation is not None
     model = assemble(prepared.config, CPU, prepared.seed).model
-    supply = Supply(prepared, model, CPU, nullcontext)
+    supply = Supply(prepared, model, CPU, nullcontext, trains_text=True)
     supply.fill_caches()
     rounds = [list(supply.validation()) for _ in range(2)]
     assert len(rounds[0]) == prepared.validation.batches_per_epoch

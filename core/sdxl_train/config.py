@@ -22,7 +22,7 @@ from sdxl_train.components import (
     Timesteps,
     Weighting,
 )
-from sdxl_train.data.dataset_config import DatasetOptions
+from sdxl_train.data.dataset_options import DatasetOptions
 from sdxl_train.options import Setting, options_of
 
 if TYPE_CHECKING:

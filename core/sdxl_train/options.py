@@ -69,6 +69,34 @@ class Setting:
     keys: Mapping[str, Setting] = field(default_factory=dict)
 
 
+class _ValueType:
+    """What the values of one annotation are checked and described by."""
+
+    def __init__(self, annotation: Any) -> None:
+        self.adapter: TypeAdapter[Any] = TypeAdapter(
+            annotation, config=ConfigDict(allow_inf_nan=False)
+        )
+
+    @cached_property
+    def schema(self) -> Mapping[str, Any]:
+        return self.adapter.json_schema()
+
+
+def _value_type(annotation: Any) -> _ValueType:
+    """Give the type of an annotation; hundreds of options share some dozens, and help needs all."""
+    try:
+        hash(annotation)
+    except TypeError:
+        return _ValueType(annotation)
+    # Equal are also int | str and str | int, which read differently.
+    return _shared_type(annotation, repr(annotation))
+
+
+@cache
+def _shared_type(annotation: Any, _words: str) -> _ValueType:
+    return _ValueType(annotation)
+
+
 @dataclass(frozen=True)
 class Option:
     """One option: a field of an option model."""
@@ -117,13 +145,17 @@ class Option:
         return None if value is PydanticUndefined else value
 
     @cached_property
-    def _adapter(self) -> TypeAdapter[Any]:
-        return TypeAdapter(self.field.rebuild_annotation(), config=ConfigDict(allow_inf_nan=False))
+    def _type(self) -> _ValueType:
+        return _value_type(self.field.rebuild_annotation())
 
-    @cached_property
-    def schema(self) -> dict[str, Any]:
+    @property
+    def _adapter(self) -> TypeAdapter[Any]:
+        return self._type.adapter
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
         """JSON schema of its value."""
-        return self._adapter.json_schema()
+        return self._type.schema
 
     @cached_property
     def is_switch(self) -> bool:

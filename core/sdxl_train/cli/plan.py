@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from sdxl_train.cli.console import warn
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.errors import UserError
-from sdxl_train.preflight import prepare
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
@@ -27,6 +26,9 @@ usage: sdxl-train plan FLAGS [--json]
 
 def run(invocation: Invocation) -> int:
     """Print the plan, or as JSON the plan or what is wrong."""
+    # Help, which has this module's command in its list, needs none of that.
+    from sdxl_train.preflight import prepare
+
     as_json = invocation.take_switch("json")
     try:
         invocation.refuse_leading()

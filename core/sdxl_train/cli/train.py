@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.cli.console import warn
 from sdxl_train.errors import UserError
-from sdxl_train.preflight import prepare
 from sdxl_train.settings import config_path, is_on
 
 if TYPE_CHECKING:
@@ -18,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 def run(invocation: Invocation) -> int:
     """Train with the settings of the command line."""
+    from sdxl_train.preflight import prepare
+
     invocation.refuse_leading()
     if is_on(invocation.settings.get("output_config")):
         return _write_config(invocation)

@@ -150,11 +150,11 @@ def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
 
 def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
     """Count the bytes that are certain: weights, and what trains with its gradient."""
-    width = WEIGHT_DTYPES[prepared.config.training.mixed_precision].itemsize
     trained = {id(parameter) for parameter in assembly.parameters}
 
     def frozen(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters() if id(p) not in trained) * width
+        parameters = (p for p in module.parameters() if id(p) not in trained)
+        return sum(p.numel() * p.element_size() for p in parameters)
 
     trained_width = WEIGHT_DTYPES[prepared.config.training.trained_precision].itemsize
     network = sum(parameter.numel() for parameter in assembly.parameters) * trained_width

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from sdxl_lora_plugins.model import sources
 from sdxl_lora_plugins.model.headers import BadFileError
+from sdxl_lora_plugins.model.memory import MemoryOptions
 from sdxl_lora_plugins.model.prediction import Said, said_by
-from sdxl_train import Field, Model, Problem
+from sdxl_train import Field, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,11 +25,11 @@ __all__ = ["Sdxl"]
 _TITLES = {"unet": "U-Net", "te1": "text encoder 1", "te2": "text encoder 2"}
 
 
-class Sdxl(Model):
+class Sdxl(MemoryOptions):
     """Stable Diffusion XL base 1.0 and its fine-tunes."""
 
     default: ClassVar[bool] = True
-    may_change: ClassVar[frozenset[str]] = Model.may_change | {"vae", "tokenizer_cache_dir"}
+    may_change: ClassVar[frozenset[str]] = MemoryOptions.may_change | {"vae", "tokenizer_cache_dir"}
     bucket_multiple: ClassVar[int] = 32
 
     vae: str | None = Field(
@@ -52,11 +53,6 @@ class Sdxl(Model):
         None,
         description="Folder with tokenizers for single-file models, filled if empty. Default: the "
         "vocabulary that comes with this program.",
-    )
-    sdpa: bool = Field(
-        True,
-        description="Compute attention with torch's scaled_dot_product_attention; false: by an "
-        "explicit softmax (slower, more memory).",
     )
     max_token_length: Literal[75, 150, 225] | None = Field(
         None, description="Tokens of a caption that are read. Default: 75."
@@ -110,6 +106,7 @@ class Sdxl(Model):
                 message=f"contradicts vae_dtype = {self.vae_dtype}: no_half_vae means fp32",
                 remedy=f"drop it, or {config.place('vae_dtype')}",
             )
+        yield from self.memory_problems(config)
         yield from self._check_training(config)
 
     def predicts(self) -> PredictionType | None:
@@ -137,6 +134,7 @@ class Sdxl(Model):
                 f"{config.place('text_encoder_batch_size')} has no effect: a text encoder trains, "
                 "and encodes whole batches"
             )
+        yield from self.memory_remarks(config)
         said = self._said()
         if said is None:
             return

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
+from safetensors.torch import load as load_tensors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora_plugins.model import configs, kinds, names
@@ -86,10 +87,12 @@ class Checkpoint:
     Args:
         path: The file.
         device: Where the parts go; on ``meta`` only shapes are read.
+        mapped: Read tensor by tensor from the mapped file; else the whole file into memory first.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, *, mapped: bool = True) -> None:
         self.path = path
+        self._mapped = mapped
         self._device = device
         self._used: set[str] = set()
         try:
@@ -170,6 +173,11 @@ class Checkpoint:
         if self._device.type == "meta":
             for path, origin in origins.items():
                 yield path, origin, torch.empty(self.header.shapes[origin.name], device="meta")
+            return
+        if not self._mapped:
+            tensors = load_tensors(self.path.read_bytes())
+            for path, origin in origins.items():
+                yield path, origin, tensors[origin.name]
             return
         with safe_open(self.path, framework="pt") as file:
             for path, origin in origins.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from sdxl_train import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -69,6 +71,8 @@ class LoadedSdxl:
         latent_scaling: Factor from the VAE's latents to the U-Net's.
         origins: Where the weights came from.
         device: Where the networks are.
+        offloads: Keep on the CPU what a prediction keeps for the backward pass.
+        keeps_memory: Leave freed device memory to this process.
     """
 
     def __init__(
@@ -81,6 +85,8 @@ class LoadedSdxl:
         latent_scaling: float,
         origins: Origins,
         device: torch.device,
+        offloads: bool = False,
+        keeps_memory: bool = False,
     ) -> None:
         self.denoiser: nn.Module = modules.unet
         self.text_encoders: tuple[nn.Module, ...] = (modules.te1, modules.te2)
@@ -92,7 +98,10 @@ class LoadedSdxl:
         self.vae: AutoencoderKL | None = modules.vae
         self._num_chunks = num_chunks
         self._device = device
-        self._dtype: torch.dtype = modules.unet.dtype
+        # Weights may be stored in less; what they are computed in is that of the first layer.
+        self._dtype: torch.dtype = modules.unet.conv_in.weight.dtype
+        self._offloads = offloads
+        self._keeps_memory = keeps_memory
         self._origins = origins
         parts = _parts(modules, rates)
         self.parts = tuple(part for part in parts if part.name in rates)
@@ -144,14 +153,20 @@ class LoadedSdxl:
             "text_embeds": condition["pooled"].to(dtype),
             "time_ids": torch.cat(sizes, dim=1).to(noisy.device),
         }
-        prediction: Tensor = self.denoiser(
-            noisy.to(dtype),
-            timesteps,
-            encoder_hidden_states=condition["context"].to(dtype),
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0]
+        with self._kept_for_backward():
+            prediction: Tensor = self.denoiser(
+                noisy.to(dtype),
+                timesteps,
+                encoder_hidden_states=condition["context"].to(dtype),
+                added_cond_kwargs=added,
+                return_dict=False,
+            )[0]
         return prediction.float()
+
+    def _kept_for_backward(self) -> AbstractContextManager[Any]:
+        if not self._offloads:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Give what :meth:`predict` should return."""
@@ -179,14 +194,19 @@ class LoadedSdxl:
         if self.vae is not None:
             self.vae.to("cpu")
         self.vae = None
-        _free_memory()
+        self._free_memory()
 
     def release_text_encoders(self) -> None:
         """Free the text encoders, which must not be adapted."""
         assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
         self.text_encoders = ()
         self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
-        _free_memory()
+        self._free_memory()
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if not self._keeps_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def metadata(self) -> dict[str, str]:
         """Describe the base model under the names of sd-scripts and of the ModelSpec standard."""
@@ -261,9 +281,3 @@ def _layers(module: nn.Module) -> list[str]:
 
 def _underscored(name: str) -> str:
     return name.replace(".", "_")
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

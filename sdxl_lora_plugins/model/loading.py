@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
 from torch.utils.checkpoint import checkpoint
 
 from sdxl_lora_plugins.model import folder as folders
 from sdxl_lora_plugins.model import hub
+from sdxl_lora_plugins.model.attention import set_attention
 from sdxl_lora_plugins.model.checkpoint import Checkpoint
 from sdxl_lora_plugins.model.configs import LATENT_SCALING
+from sdxl_lora_plugins.model.fp8 import store_in_fp8
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.model.prediction import said_by
 from sdxl_lora_plugins.model.sources import (
@@ -33,7 +34,7 @@ from sdxl_train import NoiseSchedule, Problem, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import nn
 
     from sdxl_lora_plugins.model import Sdxl
@@ -57,7 +58,7 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
     else:
         modules, scaling = _load_folder(options, base, vae_source, device, dtype)
     rates = options.rates()
-    _prepare(options, modules, rates.keys())
+    _prepare(options, modules, rates.keys(), device)
     return LoadedSdxl(
         modules,
         rates=rates,
@@ -71,6 +72,8 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
             vae_name=_public_name(vae_source) if vae_source else None,
         ),
         device=device,
+        offloads=options.cpu_offload_checkpointing,
+        keeps_memory=options.highvram,
     )
 
 
@@ -118,7 +121,7 @@ def _load_file(
     dtype: torch.dtype,
 ) -> tuple[Modules, float]:
     assert base.path is not None
-    file = Checkpoint(base.path, device)
+    file = Checkpoint(base.path, device, mapped=not options.disable_mmap_load_safetensors)
     te1, te2 = file.text_encoders(dtype, _attention(options))
     modules = Modules(
         unet=file.unet(dtype),
@@ -165,13 +168,19 @@ def _load_vae(source: Source, device: torch.device, dtype: torch.dtype) -> Autoe
     return folders.load_vae(folder, device, dtype)
 
 
-def _prepare(options: Sdxl, modules: Modules, trained: Iterable[str]) -> None:
+def _prepare(options: Sdxl, modules: Modules, trained: Iterable[str], device: torch.device) -> None:
     """Freeze everything, and choose how attention and the backward pass are computed."""
     for module in (modules.unet, modules.te1, modules.te2, modules.vae):
         module.requires_grad_(False)
         module.eval()
-    if not options.sdpa:
-        modules.unet.set_attn_processor(AttnProcessor())
+    set_attention(modules.unet, options.attention, device)
+    if options.fp8_base or options.fp8_base_unet:
+        store_in_fp8(modules.unet, ("down_blocks", "mid_block", "up_blocks"))
+    if options.fp8_base:
+        for encoder in (modules.te1, modules.te2):
+            store_in_fp8(encoder, ("",))
+    if options.torch_compile:
+        _compile(options, modules.unet)
     if options.gradient_checkpointing:
         modules.unet.enable_gradient_checkpointing()
         # transformers recomputes in training mode only. CLIP has no dropout, so nothing else
@@ -180,6 +189,18 @@ def _prepare(options: Sdxl, modules: Modules, trained: Iterable[str]) -> None:
             if name in trained:
                 _checkpoint_layers(encoder)
                 encoder.train()
+
+
+def _compile(options: Sdxl, unet: UNet2DConditionModel) -> None:
+    """Let the repeated blocks be compiled at their first use, one of each kind for all."""
+    known = sorted(torch._dynamo.list_backends(exclude_tags=()))
+    if options.dynamo_backend not in known:
+        raise UserError.of(
+            "--dynamo_backend",
+            f"{options.dynamo_backend!r} is no compiler of this torch",
+            f"choose one of {', '.join(known)}",
+        )
+    unet.compile_repeated_blocks(backend=options.dynamo_backend)
 
 
 def _checkpoint_layers(encoder: nn.Module) -> None:

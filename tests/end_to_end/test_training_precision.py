@@ -92,3 +92,15 @@ def test_full_bf16_resumes_exactly(train_lora: TrainLora, same_tensors: SameTens
 def test_full_precision_needs_the_mixed_one(options: MakeOptions, name: str, needed: str) -> None:
     with pytest.raises(UserError, match=f"{name}: needs --mixed_precision {needed}"):
         sdxl_train.plan(options(**{name: True}))
+
+
+def test_fp8_base_trains_nearly_as_the_exact_model(train_lora: TrainLora) -> None:
+    exact, stored = (train_lora(fp8_base=fp8) for fp8 in (False, True))
+    losses = [step["loss"] for step in exact.steps]
+    assert [step["loss"] for step in stored.steps] == pytest.approx(losses, rel=0.1)
+    assert [step["loss"] for step in stored.steps] != losses
+    assert stored.tensors.keys() == exact.tensors.keys()
+    assert stored.metadata["ss_fp8_base"] == "True"
+    plans = [sdxl_train.plan(run.options).memory for run in (exact, stored)]
+    for part in ("denoiser_bytes", "text_encoder_bytes"):
+        assert plans[1][part] < plans[0][part]

@@ -1,0 +1,289 @@
+"""Options that trade memory: what they store, what they keep for later, what they say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sdxl_lora_plugins.model import Sdxl
+from sdxl_lora_plugins.model.fp8 import store_in_fp8
+from sdxl_train import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train import RunConfig
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def a_config(*given: str) -> RunConfig:
+    stand_in: Any = SimpleNamespace(
+        place=lambda name: f"--{name}", is_set=lambda name: name in given
+    )
+    return cast("RunConfig", stand_in)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def predict(
+    model: LoadedSdxl, sizes: Callable[[int], dict[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A prediction, and the gradient of its sum for the noisy latents."""
+    noisy = torch.randn(2, 4, 8, 12, generator=generator()).requires_grad_()
+    with torch.no_grad():
+        condition = {**model.encode_text(["a", "b"]), **sizes(2)}
+    prediction = model.predict(noisy, torch.tensor([10, 700]), condition)
+    torch.autograd.backward(prediction.sum())
+    assert noisy.grad is not None
+    return prediction.detach(), noisy.grad
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(64, 48), (3, 5, 64)),
+    "no bias": (lambda: nn.Linear(64, 48, bias=False), (3, 5, 64)),
+    "convolution": (lambda: nn.Conv2d(32, 48, 3, stride=2, padding=1), (2, 32, 9, 8)),
+    "one pixel": (lambda: nn.Conv2d(32, 48, 1), (2, 32, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_of_8_bits_computes_with_the_weight_that_it_shows(
+    name: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    root = nn.Sequential(make().to(dtype)).requires_grad_(False)
+    exact = cast("nn.Linear", root[0]).weight.detach().float()
+    store_in_fp8(root, ("0",))
+    layer: Any = root[0]
+    shown = layer.weight.float()
+    # Three bits of mantissa round by a 16th at most; on average by some 2.6 %.
+    assert float((shown - exact).norm() / exact.norm()) < 0.035
+    assert float(((shown - exact).abs() / exact.abs().amax()).max()) <= 1 / 16 / 2 + 0.01
+
+    x = torch.randn(shape, generator=generator()).to(dtype).requires_grad_()
+    twin = x.detach().clone().requires_grad_()
+    output = layer(x)
+    how = {"stride": layer.stride, "padding": layer.padding} if len(shape) == 4 else {}
+    function = F.conv2d if len(shape) == 4 else F.linear
+    expected = function(twin, layer.weight, layer.bias, **how)
+    assert torch.equal(output, expected)
+    gradient = torch.randn(output.shape, generator=generator(1)).to(dtype)
+    output.backward(gradient)
+    torch.autograd.backward(expected, gradient)
+    assert x.grad is not None
+    assert twin.grad is not None
+    torch.testing.assert_close(
+        x.grad, twin.grad, rtol=2e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-2
+    )
+
+
+def test_a_layer_of_8_bits_keeps_8_bits_for_the_backward_pass() -> None:
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    root = nn.Sequential(nn.Linear(256, 512, bias=False)).requires_grad_(False)
+    store_in_fp8(root, ("0",))
+    x = torch.randn(1, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        root(x)
+    # A byte for each weight and four for each output's scale; of fp32 it would be four times that.
+    assert sum(kept.values()) == 256 * 512 + 4 * 512
+
+
+def test_assigning_a_weight_stores_it_anew() -> None:
+    root = nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)
+    store_in_fp8(root, ("0",))
+    layer: Any = root[0]
+    weight = torch.randn(4, 8, generator=generator())
+    layer.weight = weight
+    torch.testing.assert_close(layer.weight, weight, rtol=1 / 16, atol=1e-2)
+    assert layer.stored.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("source", ["tiny_file", "tiny_folder"])
+def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
+    source: str,
+    request: pytest.FixtureRequest,
+    load_sdxl: Callable[..., LoadedSdxl],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    path = request.getfixturevalue(source)
+    plain, unet_only = load_sdxl(path), load_sdxl(path, fp8_base_unet=True)
+    both, planned = load_sdxl(path, fp8_base=True), load_sdxl(path, "meta", fp8_base=True)
+    for encoder, plain_encoder in zip(unet_only.text_encoders, plain.text_encoders, strict=True):
+        assert stored_bytes(encoder) == stored_bytes(plain_encoder)
+    # Norms, embeddings, biases and scales stay fp32; they are few in a full-size model.
+    weights = [m for m in plain.denoiser.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    wide = stored_bytes(plain.denoiser)
+    saved = wide - stored_bytes(unet_only.denoiser)
+    assert saved > 0.6 * sum(m.weight.numel() for m in weights) * 3
+    assert stored_bytes(both.denoiser) == stored_bytes(unet_only.denoiser)
+    assert stored_bytes(planned.denoiser) == stored_bytes(both.denoiser)
+    for encoder, plain_encoder in zip(both.text_encoders, plain.text_encoders, strict=True):
+        assert stored_bytes(encoder) < stored_bytes(plain_encoder)
+    assert [part.file_names for part in both.parts] == [part.file_names for part in plain.parts]
+
+    expected, gradient = predict(plain, sizes)
+    found, found_gradient = predict(both, sizes)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+    assert float((found_gradient - gradient).norm() / gradient.norm()) < 0.25
+
+
+# The tracer looks at attributes of every tensor that it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mem_eff_attn": True},
+        {"sdpa": False},
+        {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+        {"disable_mmap_load_safetensors": True},
+        {"torch_compile": True, "dynamo_backend": "eager"},
+        {"lowram": True},
+        {"highvram": True},
+    ],
+)
+def test_memory_options_change_no_result(
+    options: dict[str, Any],
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedSdxl],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    expected, gradient = predict(load_sdxl(tiny_file), sizes)
+    found, found_gradient = predict(load_sdxl(tiny_file, **options), sizes)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_mem_eff_attn_never_makes_the_whole_matrix(
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedSdxl],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    """Of 8 x 12 latents the first level with attention has 24 tokens."""
+
+    def matrices(**options: Any) -> int:
+        found = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.ndim >= 3 and tensor.shape[-2:] == (24, 24):
+                found.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            predict(load_sdxl(tiny_file, **options), sizes)
+        return len(found)
+
+    assert matrices(sdpa=False) > 0
+    assert matrices(mem_eff_attn=True) == 0
+
+
+def test_offloading_takes_what_is_kept_to_the_cpu(
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedSdxl],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pinned: list[bool] = []
+    save_on_cpu = torch.autograd.graph.save_on_cpu
+
+    def seen(pin_memory: bool) -> Any:
+        pinned.append(pin_memory)
+        return save_on_cpu(pin_memory)
+
+    monkeypatch.setattr(torch.autograd.graph, "save_on_cpu", seen)
+    predict(load_sdxl(tiny_file), sizes)
+    assert pinned == []
+    options = {"gradient_checkpointing": True, "cpu_offload_checkpointing": True}
+    predict(load_sdxl(tiny_file, **options), sizes)
+    assert pinned == [False]
+
+
+def test_unmapped_file_is_read_as_a_whole(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the file was mapped")
+
+    monkeypatch.setattr("sdxl_lora_plugins.model.checkpoint.safe_open", fail)
+    load_sdxl(tiny_file, disable_mmap_load_safetensors=True)
+    with pytest.raises(AssertionError, match="mapped"):
+        load_sdxl(tiny_file)
+
+
+def test_highvram_keeps_freed_device_memory(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    load_sdxl(tiny_file, highvram=True).release_image_encoder()
+    assert emptied == []
+    load_sdxl(tiny_file).release_image_encoder()
+    assert emptied == [True]
+
+
+def test_compiler_that_torch_lacks_is_refused(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+) -> None:
+    with pytest.raises(UserError, match=r"--dynamo_backend: 'nvfuser' is no .*\n.*inductor"):
+        load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_backend="nvfuser")
+
+
+def test_xformers_is_asked_for_where_it_is_missing(
+    tiny_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Sdxl(pretrained_model_name_or_path=str(tiny_file), xformers=True)
+    monkeypatch.setattr("sdxl_lora_plugins.model.memory.find_spec", lambda name: None)
+    (problem,) = model.memory_problems(a_config())
+    assert "pip install xformers" in problem.remedy
+    with pytest.raises(UserError, match="--xformers: needs a GPU"):
+        model.build("cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"cpu_offload_checkpointing": True}, ("cpu_offload_checkpointing", "gradient_checkp")),
+        ({"dynamo_backend": "eager"}, ("--dynamo_backend", "--torch_compile")),
+    ],
+)
+def test_memory_options_alone_that_need_another_are_refused(
+    options: dict[str, Any], named: tuple[str, ...], tiny_file: Path
+) -> None:
+    model = Sdxl(pretrained_model_name_or_path=str(tiny_file), **options)
+    (problem,) = model.memory_problems(a_config())
+    assert all(name in str(problem) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("options", "remark"),
+    [
+        ({"mem_eff_attn": True, "sdpa": True}, "--sdpa has no effect: --mem_eff_attn wins"),
+        ({"fp8_base": True, "fp8_base_unet": True}, "--fp8_base_unet has no effect: --fp8_base"),
+        ({"lowram": True}, "--lowram has no effect"),
+    ],
+)
+def test_memory_options_without_effect_are_remarked_on(
+    options: dict[str, Any], remark: str, tiny_file: Path
+) -> None:
+    model = Sdxl(pretrained_model_name_or_path=str(tiny_file), **options)
+    (found,) = model.memory_remarks(a_config(*options))
+    assert found.startswith(remark)

@@ -19,6 +19,7 @@ from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
 from sdxl_lora_plugins.optimizers import AdamW
 from sdxl_train import NoiseSchedule
 from sdxl_train.assembly import Assembly, assemble
+from sdxl_train.data.dataset_options import DatasetOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +78,8 @@ def run_config() -> Callable[..., RunConfig]:
         stand_in = SimpleNamespace(
             model=model,
             optimizer=SimpleNamespace(learning_rate=learning_rate),
-            dataset=SimpleNamespace(cache_text_encoder_outputs=cache),
+            is_set=lambda name: False,
+            dataset=DatasetOptions(cache_text_encoder_outputs=cache),
             place=lambda name: f"--{name}",
         )
         return cast("RunConfig", stand_in)

@@ -374,8 +374,9 @@ def test_checking_imports_no_torch(tiny_file: Path, tiny_folder: Path) -> None:
 import sys
 from types import SimpleNamespace as Stand
 from sdxl_lora_plugins.model import Sdxl
+from sdxl_train.data.dataset_options import DatasetOptions
 config = Stand(optimizer=Stand(learning_rate=1), place=str,
-               dataset=Stand(cache_text_encoder_outputs=False))
+               dataset=DatasetOptions())
 for path in ({str(tiny_file)!r}, {str(tiny_folder)!r}):
     assert not list(Sdxl(pretrained_model_name_or_path=path, vae=path).check(config))
 assert not [name for name in ("torch", "diffusers", "transformers") if name in sys.modules]

@@ -48,8 +48,9 @@ if TYPE_CHECKING:
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
+    from sdxl_train.planning import Plan
     from sdxl_train.rng import derive_seed
-    from sdxl_train.run import Run
+    from sdxl_train.run import Run, RunResult
     from sdxl_train.schedule import NoiseSchedule, PredictionType
     from sdxl_train.toml_files import read_text, read_toml
     from sdxl_train.validation import ValidationResult
@@ -70,7 +71,9 @@ _HOMES = {
     "ImageSampler": "sdxl_train.pictures",
     "SampledImage": "sdxl_train.pictures",
     "derive_seed": "sdxl_train.rng",
+    "Plan": "sdxl_train.planning",
     "Run": "sdxl_train.run",
+    "RunResult": "sdxl_train.run",
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",
     "Problem": "sdxl_train.errors",
@@ -108,10 +111,12 @@ __all__ = [
     "Optimizer",
     "ParameterGroup",
     "Part",
+    "Plan",
     "PredictionType",
     "Problem",
     "Run",
     "RunConfig",
+    "RunResult",
     "SampledImage",
     "Scheduler",
     "SdxlTrainError",

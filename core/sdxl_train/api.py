@@ -6,52 +6,80 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdxl_train.plugins import PluginHost
 from sdxl_train.settings import from_file, from_mapping
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
+    from sdxl_train.components import Component
     from sdxl_train.options import Setting
     from sdxl_train.planning import Plan
+    from sdxl_train.preflight import Prepared
     from sdxl_train.run import RunResult
 
 
 logger = logging.getLogger(__name__)
 
 
-def plan(options: Mapping[str, Any] | Path | str) -> Plan:
+def plan(options: Mapping[str, Any] | Path | str, *, components: Iterable[Component] = ()) -> Plan:
     """Check options and plan their run; no weights are read.
 
     Args:
         options: Option names and values, or the path of a TOML file of them.
+        components: Components made by the caller: ``[MyLoss(scale=2)]``. They need no registration
+            and serve in place of the default of their kind, stacked kinds beside the others.
 
     Raises:
         UserError: With everything that is wrong.
     """
     from sdxl_train.planning import make_plan
-    from sdxl_train.preflight import prepare
 
-    return make_plan(prepare(_settings(options), decode=False))
+    return make_plan(_prepared(options, components, {}, decode=False))
 
 
-def train(options: Mapping[str, Any] | Path | str) -> RunResult:
+def train(
+    options: Mapping[str, Any] | Path | str,
+    *,
+    components: Iterable[Component] = (),
+    events: Mapping[str, Callable[..., object]] | None = None,
+) -> RunResult:
     """Train as ``sdxl-train`` does with these options.
 
     Args:
         options: As for :func:`plan`.
+        components: As for :func:`plan`.
+        events: Functions to call, by the name of the event: ``{"step_finished": show}``. Each
+            names the arguments of the event that it wants (see :mod:`sdxl_train.hookspecs`).
 
     Raises:
         UserError: If the input is wrong; nothing was started.
         TrainingError: If training fails.
     """
     from sdxl_train.planning import make_plan
-    from sdxl_train.preflight import prepare
     from sdxl_train.run import execute
 
-    prepared = prepare(_settings(options))
+    prepared = _prepared(options, components, events or {}, decode=True)
     for text in prepared.warnings:
         logger.warning("%s", text)
     return execute(prepared, make_plan(prepared))
+
+
+def _prepared(
+    options: Mapping[str, Any] | Path | str,
+    components: Iterable[Component],
+    events: Mapping[str, Callable[..., object]],
+    *,
+    decode: bool,
+) -> Prepared:
+    from sdxl_train.objects import plugin_of, settings_of
+    from sdxl_train.preflight import prepare
+
+    components = tuple(components)
+    host = PluginHost()
+    if components or events:
+        host.add(plugin_of(components, events))
+    return prepare(settings_of(components, _settings(options)), host, decode=decode)
 
 
 def _settings(options: Mapping[str, Any] | Path | str) -> dict[str, Setting]:

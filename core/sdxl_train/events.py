@@ -70,7 +70,7 @@ class Events:
             fault = signature_fault(event, method)
             if fault:
                 raise SdxlTrainError(f"observer '{name}': {fault}")
-            setattr(implementations, event, _marked(method))
+            setattr(implementations, event, marked(method))
         self._observers.append(f"observer {name}")
         if unlimited:
             self._unlimited.add(f"observer {name}")
@@ -171,10 +171,10 @@ def _events_of(name: str, observer: object) -> list[str]:
     return heard
 
 
-def _marked(method: Callable[..., object]) -> Callable[..., object]:
-    """Mark a bound method as a hook implementation, as ``@hookimpl`` would."""
+def marked(method: Callable[..., object]) -> Callable[..., object]:
+    """Give a hook implementation that calls ``method``, a function or a bound method."""
 
-    # A bound method cannot carry the marker; the wrapper keeps its argument names for pluggy.
+    # A bound method cannot carry pluggy's marker; the wrapper keeps its argument names for pluggy.
     @wraps(method)
     def implementation(*arguments: Any) -> object:
         return method(*arguments)

@@ -158,10 +158,22 @@ class PluginHost:
         """
         plugin = self.load(name)
         if plugin.name not in self.enabled:
-            self.manager.register(plugin.implementations, name=plugin.name)
-            self.enabled[plugin.name] = plugin
+            self._register(plugin)
             logging.getLogger(plugin.module.partition(".")[0]).setLevel(logging.INFO)
         return plugin
+
+    def add(self, plugin: LoadedPlugin) -> None:
+        """Enable a plugin that this process made itself and that is installed nowhere.
+
+        An installed one of the same name cannot be used beside it.
+        """
+        self._found[plugin.found.key] = [plugin.found]
+        self._loaded[plugin.found.key] = plugin
+        self._register(plugin)
+
+    def _register(self, plugin: LoadedPlugin) -> None:
+        self.manager.register(plugin.implementations, name=plugin.name)
+        self.enabled[plugin.name] = plugin
 
     def load(self, name: str) -> LoadedPlugin:
         """Import and validate a plugin without enabling it.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.buckets import Fit, Size
-    from sdxl_train.data.sources import Dataset
+    from sdxl_train.data.records import Dataset
     from sdxl_train.data.views import Colour
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.loader import PixelLoader
-    from sdxl_train.data.sources import Dataset
+    from sdxl_train.data.records import Dataset
 
 LatentKey: TypeAlias = tuple[int, int, bool]
 """Index of the dataset, index of the image in it, whether it is mirrored."""

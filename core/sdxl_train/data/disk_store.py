@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sdxl_train.data.captions import possible_captions
 from sdxl_train.data.entry_file import Entry, EntryError
-from sdxl_train.data.listing import Remarks
+from sdxl_train.data.findings import Remarks
 from sdxl_train.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.cache import LatentKey
+    from sdxl_train.data.records import Dataset
     from sdxl_train.data.scan_index import ScanIndex
-    from sdxl_train.data.sources import Dataset
 
 logger = logging.getLogger(__name__)
 

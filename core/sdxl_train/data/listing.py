@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sdxl_train.data.findings import Skipped
 from sdxl_train.data.folders import folders_with_images
 from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
 from sdxl_train.data.views import split_face
@@ -14,41 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from sdxl_train.data.findings import Remarks
+
 _CAPTION_EXTENSIONS = frozenset(
     {".txt", ".text", ".caption", ".captions", ".cap", ".tag", ".tags", ".prompt", ".wd14"}
 )
 """Endings under which people keep captions."""
 CACHE_FOLDER = "sdxl-train-cache"
 """The folder among the images that holds their encodings."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skipped:
-    """A file that is left out, and why."""
-
-    path: Path
-    reason: str
-
-
-class Remarks:
-    """Remarks on files, told once each with a count and the first few files."""
-
-    def __init__(self) -> None:
-        self._paths: dict[str, list[Path]] = {}
-
-    def add(self, remark: str, path: Path) -> None:
-        """Make a remark on a file."""
-        self._paths.setdefault(remark, []).append(path)
-
-    def lines(self) -> list[str]:
-        """Give one line for each remark."""
-        lines = []
-        for remark, paths in self._paths.items():
-            shown = ", ".join(str(path) for path in paths[:5])
-            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-            files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-            lines.append(f"{files}: {remark}: {shown}{more}")
-        return lines
 
 
 @dataclass(frozen=True, kw_only=True)

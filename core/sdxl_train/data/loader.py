@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.cache import LatentCache, TextCache
     from sdxl_train.data.dataset_config import SubsetConfig
-    from sdxl_train.data.sources import Dataset, ImageRecord
+    from sdxl_train.data.records import Dataset, ImageRecord
 
 
 class Images(NamedTuple):

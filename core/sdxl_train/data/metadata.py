@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from sdxl_train.data.dataset_config import DatasetOptions, SubsetConfig
-    from sdxl_train.data.sources import Dataset, ImageRecord, Scan
+    from sdxl_train.data.records import Dataset, ImageRecord
+    from sdxl_train.data.sources import Scan
 
 _DROPOUT = (
     "caption_dropout_rate",

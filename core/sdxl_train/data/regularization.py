@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sdxl_train.data.sources import ImageRecord
+    from sdxl_train.data.records import ImageRecord
 
 
 def balanced(images: Sequence[ImageRecord]) -> list[ImageRecord]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdxl_train.data.dataset_config import DatasetConfig
-    from sdxl_train.data.sources import ImageRecord
+    from sdxl_train.data.records import ImageRecord
 
 
 def held_out(config: DatasetConfig, images: Sequence[ImageRecord]) -> frozenset[Path]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from sdxl_train.data.buckets import Fit, Size
-    from sdxl_train.data.sources import ImageRecord
+    from sdxl_train.data.records import ImageRecord
 
 _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
 

@@ -340,7 +340,7 @@ def test_an_unreadable_folder_is_a_problem(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("sdxl_train.data.sources.list_folder", refuse)
+    monkeypatch.setattr("sdxl_train.data.subset_scan.list_folder", refuse)
     (problem,) = problems(make_scan(train_data_dir=tmp_path))
     assert "cannot be read: Permission denied" in problem
 

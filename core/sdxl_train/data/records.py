@@ -1,0 +1,56 @@
+"""What a scan knows of the images to train on. No torch, no Pillow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sdxl_train.data.buckets import Fit, Size
+    from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageRecord:
+    """An image to train on.
+
+    Attributes:
+        path: The file.
+        size: Its (width, height), upright.
+        caption: Its caption as read, or the class tokens, or empty; with wildcards, all lines.
+        has_caption: Whether it has a caption file.
+        repeats: Times that it is trained in an epoch.
+        is_reg: Whether it is a regularization image.
+        subset: Index of its subset in the dataset's configuration.
+        fit: How it gets its training size.
+        mask: The file of its mask.
+    """
+
+    path: Path
+    size: Size
+    caption: str
+    has_caption: bool
+    repeats: int
+    is_reg: bool
+    subset: int
+    fit: Fit
+    mask: Path | None = None
+
+    @property
+    def key(self) -> str:
+        """A short name for messages: folder and file."""
+        return f"{self.path.parent.name}/{self.path.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A dataset and its images, in the order of its subsets and of the file names."""
+
+    config: DatasetConfig
+    images: tuple[ImageRecord, ...]
+
+    def subset_of(self, image: ImageRecord) -> SubsetConfig:
+        """Give the configuration of an image's subset."""
+        return self.config.subsets[image.subset]

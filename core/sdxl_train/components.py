@@ -376,7 +376,12 @@ def _steps_or_share(value: object) -> object:
 
 StepsOrShare: TypeAlias = Annotated[
     Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)],
-    BeforeValidator(_steps_or_share),
+    BeforeValidator(
+        _steps_or_share,
+        json_schema_input_type=Annotated[int, Field(ge=0)]
+        | Annotated[float, Field(ge=0, lt=1)]
+        | Annotated[str, Field(pattern=r"^[0-9.]+%$")],
+    ),
 ]
 """A number of optimizer steps, or a share of all steps: ``100``, ``0.1``, ``10%``."""
 

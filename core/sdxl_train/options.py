@@ -79,7 +79,11 @@ class _ValueType:
 
     @cached_property
     def schema(self) -> Mapping[str, Any]:
-        return self.adapter.json_schema()
+        return self.adapter.json_schema(mode="serialization")
+
+    @cached_property
+    def input_schema(self) -> Mapping[str, Any]:
+        return self.adapter.json_schema(mode="validation")
 
 
 def _value_type(annotation: Any) -> _ValueType:
@@ -156,6 +160,11 @@ class Option:
     def schema(self) -> Mapping[str, Any]:
         """JSON schema of its value."""
         return self._type.schema
+
+    @property
+    def input_schema(self) -> Mapping[str, Any]:
+        """JSON schema of what may be written for it in a file: more forms than the value has."""
+        return self._type.input_schema
 
     @cached_property
     def is_switch(self) -> bool:

@@ -77,6 +77,15 @@ class Registry:
         for kind in KINDS:
             yield from self.entries(kind)
 
+    def installed_entries(self) -> list[Entry]:
+        """Give every component of the installed plugins that are neither enabled nor blocked."""
+        return [
+            entry
+            for plugin in self.host.load_rest()
+            for kind in KINDS
+            for entry in _entries(plugin, kind)
+        ]
+
     def default(self, kind: Kind) -> Entry | None:
         """Give the component that serves when the run names none."""
         for entry in self.entries(kind):

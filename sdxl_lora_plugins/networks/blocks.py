@@ -153,17 +153,18 @@ def _read_factors(value: object, count: int, shapes: tuple[str, ...]) -> object:
     return values
 
 
-_TEXT = WithJsonSchema({"type": "string"})
+_TEXT = WithJsonSchema({"type": "string"}, mode="serialization")
+_Written = str | float | list[float | str | None] | dict[str, float | str]
 BlockRanks = Annotated[
     list[int | None],
-    BeforeValidator(partial(_by_block, whole=True)),
+    BeforeValidator(partial(_by_block, whole=True), json_schema_input_type=_Written),
     AfterValidator(_one_for_each),
     _TEXT,
 ]
 """A rank for each block; 0 leaves the block out, None stands for the network's own rank."""
 BlockAlphas = Annotated[
     list[float | None],
-    BeforeValidator(partial(_by_block, whole=False)),
+    BeforeValidator(partial(_by_block, whole=False), json_schema_input_type=_Written),
     AfterValidator(_one_for_each),
     _TEXT,
 ]
@@ -171,10 +172,18 @@ BlockAlphas = Annotated[
 
 _Factors = list[Annotated[float, Field(ge=0)]]
 NineFactors = Annotated[
-    _Factors, BeforeValidator(lambda value: _read_factors(value, 9, tuple(_SHAPES))), _TEXT
+    _Factors,
+    BeforeValidator(
+        lambda value: _read_factors(value, 9, tuple(_SHAPES)), json_schema_input_type=_Written
+    ),
+    _TEXT,
 ]
 """Nine factors: numbers, missing ones 1, or a shape such as ``cosine`` or ``linear+.25``."""
 ThreeFactors = Annotated[
-    _Factors, BeforeValidator(lambda value: _read_factors(value, NUM_MID, ())), _TEXT
+    _Factors,
+    BeforeValidator(
+        lambda value: _read_factors(value, NUM_MID, ()), json_schema_input_type=_Written
+    ),
+    _TEXT,
 ]
 """Three factors; missing ones are 1."""

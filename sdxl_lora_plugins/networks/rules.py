@@ -137,8 +137,8 @@ def _check(rules: list[Rule]) -> list[Rule]:
 
 Rules = Annotated[
     list[Rule],
-    BeforeValidator(_read),
+    BeforeValidator(_read, json_schema_input_type=str | list[str | dict[str, Any]]),
     AfterValidator(_check),
-    WithJsonSchema({"type": "string"}),
+    WithJsonSchema({"type": "string"}, mode="serialization"),
 ]
 """Rules in the order in which they are given."""

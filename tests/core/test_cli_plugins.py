@@ -164,17 +164,6 @@ def test_components_of_one_kind_and_one_component(site: Site, command: Command) 
     assert "Strength of the grain." in one
 
 
-def test_schema_of_a_component_is_json_schema(site: Site, command: Command) -> None:
-    site.add("grain")
-
-    schemas = json.loads(command("components", "noise:grain", "--schema").stdout)
-
-    (schema,) = schemas.values()
-    assert list(schemas) == ["grain:grain"]
-    assert schema["additionalProperties"] is False
-    assert schema["properties"]["grain"]["anyOf"][0] == {"minimum": 0, "type": "number"}
-
-
 def test_an_unknown_kind_or_component_is_told(command: Command) -> None:
     kind = command("components", "networks")
     name = command("components", "network:lorra")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.cli.console import warn
 from sdxl_train.cli.help import component_lines
 from sdxl_train.cli.invocation import CoreCommand
+from sdxl_train.cli.schema import documents
 from sdxl_train.components import KINDS
 from sdxl_train.errors import PluginError, UserError
 from sdxl_train.options import suggestion
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 _SUMMARY = "List the components of the enabled plugins, with their options."
 _USAGE = f"""\
-usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json] [--schema]
+usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json]
+       sdxl-train components --schema [--plugin NAME]
 
 {_SUMMARY}
 
@@ -28,7 +30,8 @@ usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json] [--schem
   KIND:NAME       one component with its options; NAME may be PLUGIN:NAME
   --plugin NAME   enable it first, as a run would
   --json          a list of objects: kind, name, plugin, default, chosen_by, description, options
-  --schema        an object of JSON schemas by PLUGIN:NAME"""
+  --schema        JSON schemas of a file of options and of a dataset file, with the options of
+                  every installed plugin; `sdxl-train schema --write` places them for editors"""
 
 
 def run(invocation: Invocation) -> int:
@@ -39,11 +42,13 @@ def run(invocation: Invocation) -> int:
     registry = invocation.registry()
     warn(invocation.notices)
     words = invocation.words
-    entries = [entry for word in words or [""] for entry in _selected(registry, word)]
     if as_schema:
-        schemas = {entry.qualified: entry.component.model_json_schema() for entry in entries}
-        print(json.dumps(schemas, indent=2))
-    elif as_json:
+        if words or as_json:
+            raise UserError.of("--schema", "covers everything", "leave out names and --json")
+        print(json.dumps(documents(registry), indent=2))
+        return 0
+    entries = [entry for word in words or [""] for entry in _selected(registry, word)]
+    if as_json:
         print(json.dumps([_describe(entry) for entry in entries], indent=2, default=str))
     else:
         print("\n".join(_listing(entries, in_full=any(":" in word for word in words))))

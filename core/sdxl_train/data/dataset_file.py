@@ -39,7 +39,7 @@ class SubsetDefaults(BaseModel):
 
     num_repeats: Positive | None = None
     caption_extension: Extension | None = None
-    class_tokens: str | None = None
+    class_tokens: str | None = Field(None, description="Caption of images that have none.")
     shuffle_caption: bool | None = None
     caption_separator: Separator | None = None
     keep_tokens: Count | None = None
@@ -62,8 +62,8 @@ class SubsetDefaults(BaseModel):
 class SubsetTable(SubsetDefaults):
     """One folder of images: ``[[datasets.subsets]]``."""
 
-    image_dir: str = Field(min_length=1)
-    is_reg: bool | None = None
+    image_dir: str = Field(min_length=1, description="Folder of images.")
+    is_reg: bool | None = Field(None, description="Whether these are regularization images.")
     conditioning_data_dir: str | None = Field(None, min_length=1)
 
 

@@ -36,7 +36,16 @@ def _with_dot(extension: str) -> str:
     return extension if extension.startswith(".") else f".{extension}"
 
 
-Resolution: TypeAlias = Annotated[tuple[int, int], BeforeValidator(parse_resolution)]
+_Side: TypeAlias = Annotated[int, Field(ge=1)]
+Resolution: TypeAlias = Annotated[
+    tuple[int, int],
+    BeforeValidator(
+        parse_resolution,
+        json_schema_input_type=_Side
+        | Annotated[list[_Side], Field(min_length=1, max_length=2)]
+        | Annotated[str, Field(pattern=r"^ *[0-9]+ *(, *[0-9]+ *)?$")],
+    ),
+]
 """(width, height), written as one side, ``W,H`` or a list."""
 Share: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 """A probability."""
@@ -65,7 +74,14 @@ def parse_range(value: object) -> object:
     return (numbers[0], numbers[1])
 
 
-Range: TypeAlias = Annotated[tuple[float, float], BeforeValidator(parse_range)]
+Range: TypeAlias = Annotated[
+    tuple[float, float],
+    BeforeValidator(
+        parse_range,
+        json_schema_input_type=Annotated[list[float], Field(min_length=2, max_length=2)]
+        | Annotated[str, Field(pattern=",")],
+    ),
+]
 """(lowest, highest), both above 0, written as ``LO,HI`` or a list."""
 Interpolation: TypeAlias = Literal[
     "lanczos", "nearest", "bilinear", "linear", "bicubic", "cubic", "area", "box"

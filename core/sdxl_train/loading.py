@@ -11,6 +11,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
@@ -21,9 +22,12 @@ import pluggy
 from pydantic.errors import PydanticUndefinedAnnotation, PydanticUserError
 
 from sdxl_train import hookspecs
+from sdxl_train._version import __version__
 from sdxl_train.components import KINDS, Component, Kind
 from sdxl_train.errors import PluginError
 from sdxl_train.options import options_of, suggestion
+
+_OURSELVES = "sdxl-train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class FoundPlugin:
         version: Its version; empty for a file.
         target: What to import: the entry point's value, or the file's path.
         entry_point: The entry point; None for a file.
+        requirements: What the distribution requires, as it says it.
     """
 
     name: str
@@ -43,6 +48,7 @@ class FoundPlugin:
     version: str
     target: str
     entry_point: importlib.metadata.EntryPoint | None = None
+    requirements: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Name the plugin as messages do: ``'lycoris' (sdxl-train-lycoris 0.1.0)``."""
@@ -98,7 +104,7 @@ def find_plugins() -> list[FoundPlugin]:
     """Give every installed plugin, sorted by name and distribution. Imports none of them."""
     found = []
     for entry_point in importlib.metadata.entry_points(group=hookspecs.PROJECT):
-        distribution, version = _identity(entry_point.dist)
+        distribution, version, requirements = _identity(entry_point.dist)
         found.append(
             FoundPlugin(
                 name=entry_point.name,
@@ -106,17 +112,24 @@ def find_plugins() -> list[FoundPlugin]:
                 version=version,
                 target=entry_point.value,
                 entry_point=entry_point,
+                requirements=requirements,
             )
         )
     # The file system decides the order of entry points; a run must not depend on it.
     return sorted(found, key=lambda plugin: (plugin.name, plugin.distribution))
 
 
-def _identity(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
-    """Give name and version; half-removed distributions have none, which is no one else's fault."""
+def _identity(
+    distribution: importlib.metadata.Distribution | None,
+) -> tuple[str, str, tuple[str, ...]]:
+    """Give name, version and requirements.
+
+    Half-removed distributions have none, which is no one else's fault.
+    """
     text = distribution.read_text("METADATA") if distribution else None
     headers = HeaderParser().parsestr(text or "")
-    return headers["Name"] or "a distribution without metadata", headers["Version"] or ""
+    name = headers["Name"] or "a distribution without metadata"
+    return name, headers["Version"] or "", tuple(headers.get_all("Requires-Dist", []))
 
 
 def found_file(path: Path) -> FoundPlugin:
@@ -138,6 +151,9 @@ def load_plugin(found: FoundPlugin) -> LoadedPlugin:
     Raises:
         PluginError: If anything is wrong with it.
     """
+    fault = _version_fault(found)
+    if fault:
+        raise PluginError(f"plugin {found} {fault}")
     # What a plugin prints must not end up in the output of a command.
     with contextlib.redirect_stdout(sys.stderr):
         try:
@@ -155,6 +171,26 @@ def load_plugin(found: FoundPlugin) -> LoadedPlugin:
     return LoadedPlugin(
         found=found, module=module, implementations=implementations, components=components
     )
+
+
+def _version_fault(found: FoundPlugin) -> str:
+    """Say that a plugin is for another version of sdxl-train; empty if it is not."""
+    for text in found.requirements:
+        if not canonical(text).startswith(_OURSELVES):
+            continue
+        from packaging.requirements import InvalidRequirement, Requirement
+
+        try:
+            wanted = Requirement(text)
+        except InvalidRequirement:
+            return f"requires something that cannot be read: {text!r}"
+        ours = canonical(wanted.name) == _OURSELVES
+        if ours and not wanted.specifier.contains(__version__, prereleases=True):
+            return (
+                f"is for sdxl-train {wanted.specifier}, and this is sdxl-train {__version__}: "
+                f"install versions of both that fit (pip install -U {found.distribution})"
+            )
+    return ""
 
 
 def _import(found: FoundPlugin) -> tuple[str, Any]:
@@ -238,7 +274,7 @@ def _components(
     """Ask a plugin what it provides. A manager of its own attributes the answers to it."""
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    manager.register(implementations)
+    registered(manager, implementations)
     provided: dict[str, dict[str, type[Component]]] = {}
     for kind in KINDS:
         # Not by calling the hook: pluggy drops None, which is what a forgotten return gives.
@@ -251,6 +287,16 @@ def _components(
                 ) from error
             provided.setdefault(kind.name, {}).update(_checked(answer, kind, found))
     return provided
+
+
+def registered(
+    manager: pluggy.PluginManager, implementations: Implementations, name: str | None = None
+) -> list[str]:
+    """Register hooks and give what pluggy warns of: hooks that are on their way out."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        manager.register(implementations, name=name)
+    return [str(warning.message) for warning in caught]
 
 
 def _checked(answer: object, kind: Kind, found: FoundPlugin) -> Mapping[str, type[Component]]:

@@ -26,6 +26,7 @@ from sdxl_train.loading import (
     find_plugins,
     found_file,
     load_plugin,
+    registered,
 )
 from sdxl_train.options import suggestion
 
@@ -172,7 +173,8 @@ class PluginHost:
         self._register(plugin)
 
     def _register(self, plugin: LoadedPlugin) -> None:
-        self.manager.register(plugin.implementations, name=plugin.name)
+        for text in registered(self.manager, plugin.implementations, plugin.name):
+            logger.warning("plugin %s: %s", plugin.found, text)
         self.enabled[plugin.name] = plugin
 
     def load(self, name: str) -> LoadedPlugin:

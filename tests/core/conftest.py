@@ -69,6 +69,7 @@ class Site:
         version: str = "1.0",
         distribution: str | None = None,
         target: str | None = None,
+        requires: str | None = None,
     ) -> str:
         """Lay out a distribution whose entry point ``name`` names a module of this code.
 
@@ -81,7 +82,9 @@ class Site:
         info = self.path / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n", encoding="utf-8"
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+            + (f"Requires-Dist: {requires}\n" if requires else ""),
+            encoding="utf-8",
         )
         (info / "entry_points.txt").write_text(
             f"[sdxl_train]\n{name} = {target or module}\n", encoding="utf-8"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
+from sdxl_train import __version__, hookspecs
 from sdxl_train.plugins import PluginError, PluginHost
 
 if TYPE_CHECKING:
@@ -251,3 +253,52 @@ def register_losses():
     return {returned}
 """
     assert RETURNS[returned] in _failure(site, code)
+
+
+@pytest.mark.parametrize("wanted", ["<0.1", ">=7,<8", "==0.0.1"])
+def test_a_plugin_for_another_version_is_refused_with_both_versions(
+    site: Site, wanted: str
+) -> None:
+    site.add("grain", requires=f"sdxl-train{wanted}")
+
+    with pytest.raises(PluginError) as caught:
+        PluginHost().enable("grain")
+
+    text = str(caught.value)
+    assert "plugin 'grain' (grain-dist 1.0) is for sdxl-train" in text
+    assert all(part in text for part in wanted.split(","))
+    assert f"this is sdxl-train {__version__}" in text
+    assert "grain_dist_module" not in sys.modules
+
+
+def test_a_requirement_that_cannot_be_read_is_told(site: Site) -> None:
+    site.add("grain", requires="sdxl-train>=new")
+
+    with pytest.raises(PluginError, match="cannot be read: 'sdxl-train>=new'"):
+        PluginHost().enable("grain")
+
+
+@pytest.mark.parametrize(
+    "requires", ["sdxl_train>=0.1", "Sdxl-Train", "sdxl-train-lycoris>=9", "sdxl-train>=0.1.dev0"]
+)
+def test_a_plugin_for_this_version_loads(site: Site, requires: str) -> None:
+    site.add("grain", requires=requires)
+
+    assert PluginHost().enable("grain").name == "grain"
+
+
+def test_a_deprecated_hook_is_told_once_with_the_name_of_the_plugin(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.add("grain")
+    options = hookspecs.register_noises.sdxl_train_spec
+    gone = DeprecationWarning("register_noises goes in 0.3: use register_noise")
+    monkeypatch.setitem(options, "warn_on_impl", gone)
+
+    host = PluginHost()
+    host.load("grain")
+    assert not caplog.messages
+    host.enable("grain")
+    host.enable("grain")
+
+    assert caplog.messages == [f"plugin 'grain' (grain-dist 1.0): {gone}"]

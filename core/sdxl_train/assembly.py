@@ -66,6 +66,9 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     """
     dtype = WEIGHT_DTYPES[config.training.mixed_precision]
     model = config.model.build(device, dtype)
+    if networks := config.network.merged():
+        # Before the network is attached: DoRA begins with the norms of the merged weights.
+        model.merge_networks(networks)
     # Initialisers know only the global generator; what they draw must not depend on its past.
     with torch.random.fork_rng():
         torch.manual_seed(derive_seed(seed, "init"))

@@ -113,9 +113,10 @@ class Part:
         prefix: First word of its modules' names in files: ``lora_unet``.
         module: The part itself.
         lr: Its learning rate; None means the optimizer's ``learning_rate``.
-        file_names: From the path of each adaptable layer in ``module`` to its name in files, dots
-            as underscores and without the prefix. Never derive names from ``module`` itself: the
-            layout of installed libraries changes, names in files do not.
+        file_names: From the path of each adaptable layer in ``module``, linear, convolution or
+            norm, to its name in files, dots as underscores and without the prefix. Never derive
+            names from ``module`` itself: the layout of installed libraries changes, names in files
+            do not.
     """
 
     name: str
@@ -211,6 +212,15 @@ class LoadedModel(Protocol):
             UserError: If it is no network for this model, or broken.
         """
 
+    def merge_networks(self, networks: Sequence[tuple[Path, float]]) -> None:
+        """Add the deltas of networks' files, each times its multiplier, to the frozen weights.
+
+        On the meta device it only checks whether they fit.
+
+        Raises:
+            UserError: If one is no network for this model, is broken, or does not fit.
+        """
+
     def sampler(self) -> ImageSampler:
         """Give what generates pictures.
 
@@ -224,7 +234,11 @@ class LoadedModel(Protocol):
         """Free the text encoders, once every caption is cached."""
 
     def metadata(self) -> dict[str, str]:
-        """Describe the base model for the header of saved files (``ss_*``, ``modelspec.*``)."""
+        """Describe the base model for the header of saved files (``ss_*``, ``modelspec.*``).
+
+        ``ss_base_weights`` lists what was merged into it, as JSON: ``name``, ``sha256`` and
+        ``multiplier`` of each file.
+        """
 
 
 class Adapter(Protocol):
@@ -323,6 +337,9 @@ class Model(Component):
 class Network(Component):
     """A network that adapts a base model: LoRA and its relatives."""
 
+    # A state holds the weights, and knows by hash what was merged.
+    may_change: ClassVar[frozenset[str]] = frozenset({"network_weights", "base_weights"})
+
     network_dim: int | None = Field(
         None, ge=1, description="Rank. Each network states its own default (LoRA: 4)."
     )
@@ -337,6 +354,20 @@ class Network(Component):
         None,
         description="Begin with the weights of this file, instead of a network that does nothing.",
     )
+    base_weights: list[Path] | None = Field(
+        None,
+        description="Networks to merge into the frozen base model before training, in any naming.",
+    )
+    base_weights_multiplier: list[float] | None = Field(
+        None, description="How much of each of base_weights is merged; missing ones are 1."
+    )
+
+    def merged(self) -> list[tuple[Path, float]]:
+        """Give the networks to merge into the base model, each with its multiplier."""
+        files, multipliers = self.base_weights or [], self.base_weights_multiplier or []
+        return [
+            (path, multipliers[i] if i < len(multipliers) else 1.0) for i, path in enumerate(files)
+        ]
 
     @abstractmethod
     def build(self, model: LoadedModel) -> Adapter:

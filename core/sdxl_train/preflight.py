@@ -199,11 +199,23 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             remedy="put the folder in --output_dir",
         )
     yield from _precision_problems(config)
+    yield from _merge_problems(config)
     if config.optimizer.own_schedule and not config.scheduler.default:
         yield Problem(
             place=config.place("lr_scheduler"),
             message=f"{config.name_of('optimizer')} schedules its rate itself",
             remedy="leave out --lr_scheduler",
+        )
+
+
+def _merge_problems(config: RunConfig) -> Iterator[Problem]:
+    files = len(config.network.base_weights or [])
+    multipliers = len(config.network.base_weights_multiplier or [])
+    if multipliers > files:
+        yield Problem(
+            place=config.place("base_weights_multiplier"),
+            message=f"{multipliers} multipliers for {files} files of base_weights",
+            remedy="give one for each file, or fewer: missing ones are 1",
         )
 
 

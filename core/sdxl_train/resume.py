@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,10 +181,14 @@ def dataset_digest(scan: Scan) -> str:
 
 
 def model_identity(metadata: Mapping[str, str]) -> str:
-    """Identify a base model: by the hash of its file, else by its name."""
+    """Identify a base model: by the hash of its file, else by its name, and what was merged."""
     keys = ("ss_new_sd_model_hash", "ss_new_vae_hash")
     hashes = [metadata[key] for key in keys if key in metadata]
-    return " ".join(hashes) or metadata.get("ss_sd_model_name", "")
+    identity = hashes or [metadata.get("ss_sd_model_name", "")]
+    merged = json.loads(metadata.get("ss_base_weights", "[]"))
+    return " + ".join(
+        [" ".join(identity), *(f"{item['multiplier']:g} * {item['sha256']}" for item in merged)]
+    )
 
 
 def _major(version: str | None) -> str | None:

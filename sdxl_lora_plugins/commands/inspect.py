@@ -8,7 +8,8 @@ from json import dumps
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdxl_lora_plugins.commands.written import open_networks, require
+from sdxl_lora_plugins.commands.written import require
+from sdxl_lora_plugins.files.opening import open_networks
 from sdxl_train import Command, Field, Problem
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from sdxl_lora_plugins.commands.written import (
     WritingCommand,
     no_plain_lora,
     open_base,
-    open_networks,
     require,
     stored_dtype,
 )
+from sdxl_lora_plugins.files.opening import open_networks
 from sdxl_train import Field, Problem
 
 if TYPE_CHECKING:

@@ -65,26 +65,6 @@ def require(problems: Sequence[Problem]) -> None:
         raise UserError(problems)
 
 
-def open_networks(paths: Sequence[Path], problems: list[Problem]) -> list[NetworkFile]:
-    """Read the headers of networks; what is wrong with them is added to the problems."""
-    from sdxl_lora_plugins.files import BadFileError, NetworkFile
-
-    files: list[NetworkFile] = []
-    for path in paths:
-        try:
-            file = NetworkFile.open(path)
-        except BadFileError as error:
-            fault = error.fault
-            problems.append(Problem(place=str(path), message=fault.message, remedy=fault.remedy))
-            continue
-        problems += [
-            Problem(place=str(path), message=fault.message, remedy=fault.remedy)
-            for fault in file.faults()
-        ]
-        files.append(file)
-    return files
-
-
 def open_base(path: Path, place: str) -> BaseWeights:
     """Open a base model.
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 import torch
 
 from sdxl_lora_plugins.files.deltas import scale
-from sdxl_lora_plugins.files.network_file import NetworkFile
-from sdxl_lora_plugins.model.headers import BadFileError
-from sdxl_train import Problem, UserError
+from sdxl_lora_plugins.files.opening import open_network
+from sdxl_train import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
 
     from sdxl_lora_plugins.files.network_file import StoredModule
 
-_log = logging.getLogger(__name__)
-
 _CARRIERS = {"loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a")}
 """What takes up the scale of algorithms of which files have an alpha equal to the rank."""
 
@@ -28,22 +24,13 @@ _CARRIERS = {"loha": ("hada_w1_a",), "lokr": ("lokr_w1", "lokr_w1_a")}
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read all tensors under kohya's names, in fp32 on the CPU, whoever wrote the file.
 
-    Every layer with a rank has an ``alpha``; of LoHa and LoKr it is the rank.
+    Every layer with a rank has an ``alpha``; of LoHa and LoKr it is the rank. Of a LoKr without a
+    rank it is 1.
 
     Raises:
         UserError: With everything that is wrong with the file.
     """
-    try:
-        file = NetworkFile.open(path)
-    except BadFileError as error:
-        raise UserError.of(str(path), str(error)) from error
-    faults = list(file.faults())
-    if faults:
-        raise UserError(
-            Problem(place=str(path), message=fault.message, remedy=fault.remedy) for fault in faults
-        )
-    for warning in file.warnings():
-        _log.warning(warning)
+    file = open_network(path)
     tensors: dict[str, Tensor] = {}
     with file.weights() as read:
         for module in file.modules.values():
@@ -56,6 +43,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _with_alpha(module: StoredModule, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    if module.algorithm == "lokr" and module.rank is None:
+        # Nobody reads it, and files differ in it.
+        return {**tensors, "alpha": torch.tensor(1.0)}
     if module.rank is None:
         return tensors
     if module.algorithm in _CARRIERS:

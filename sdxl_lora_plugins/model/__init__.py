@@ -106,6 +106,7 @@ class Sdxl(MemoryOptions):
                 message=f"contradicts vae_dtype = {self.vae_dtype}: no_half_vae means fp32",
                 remedy=f"drop it, or {config.place('vae_dtype')}",
             )
+        yield from _network_problems(config)
         yield from self.memory_problems(config)
         yield from self._check_training(config)
 
@@ -234,6 +235,17 @@ class Sdxl(MemoryOptions):
                 remedy="add --network_train_unet_only, or set --text_encoder_lr 0, or drop "
                 "cache_text_encoder_outputs",
             )
+
+
+def _network_problems(config: RunConfig) -> Iterator[Problem]:
+    """Yield what is wrong with the files of networks that the run begins with."""
+    from sdxl_lora_plugins.files.opening import open_networks
+
+    network = config.network
+    begins = [network.network_weights] if network.network_weights else []
+    problems: list[Problem] = []
+    open_networks([*begins, *(network.base_weights or [])], problems)
+    yield from problems
 
 
 def _problems(place: str, faults: Iterator[Fault]) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,6 +104,7 @@ class LoadedSdxl:
         self._offloads = offloads
         self._keeps_memory = keeps_memory
         self._origins = origins
+        self._merged: list[dict[str, Any]] = []
         parts = _parts(modules, rates)
         self.parts = tuple(part for part in parts if part.name in rates)
         self.frozen_parts = tuple(part for part in parts if part.name not in rates)
@@ -182,6 +184,21 @@ class LoadedSdxl:
 
         return read_tensors(path)
 
+    def merge_networks(self, networks: Sequence[tuple[Path, float]]) -> None:
+        """Add networks' deltas to the weights; on the meta device only check whether they fit.
+
+        Raises:
+            UserError: If one is no network for SDXL, is broken, or does not fit.
+        """
+        from sdxl_lora_plugins.files.merging import merge_into
+
+        merge_into((*self.parts, *self.frozen_parts), networks)
+        if self._device.type != "meta":
+            self._merged = [
+                {"name": path.name, "sha256": full_hash(path), "multiplier": multiplier}
+                for path, multiplier in networks
+            ]
+
     def sampler(self) -> SdxlSampler:
         """Give what generates pictures with this model as it is at the time."""
         from sdxl_lora_plugins.model.sampling import SdxlSampler
@@ -220,6 +237,7 @@ class LoadedSdxl:
             "modelspec.prediction_type": "v" if is_v else "epsilon",
             "ss_zero_terminal_snr": str(self.schedule.zero_terminal_snr),
             **self._origin_metadata,
+            **({"ss_base_weights": json.dumps(self._merged)} if self._merged else {}),
         }
 
     @cached_property
@@ -275,7 +293,7 @@ def _text_part(
 
 def _layers(module: nn.Module) -> list[str]:
     """List the paths of the layers that a network can adapt."""
-    kinds = (nn.Linear, nn.Conv2d)
+    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
     return [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
 
 

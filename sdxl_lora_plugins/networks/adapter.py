@@ -194,12 +194,19 @@ class LayerAdapter:
             layer.load({key: state[f"{name}.{key}"] for key in layer.tensors()})
 
     def metadata(self) -> dict[str, str]:
-        """Give rank and alpha, and what the network says of itself."""
-        return {
-            "ss_network_dim": str(self.options.rank),
-            "ss_network_alpha": str(float(self.options.network_alpha or self.options.rank)),
-            **self.options.metadata(),
-        }
+        """Give rank and alpha, and what the network says of itself.
+
+        ``Dynamic`` is sd-scripts' word for a file whose layers differ.
+        """
+        rank: int = self.options.rank
+        alpha = float(self.options.network_alpha or rank)
+        metadata = {"ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
+        if self.options.dim_from_weights:
+            ranks = {str(target.rank) for target in self.targets}
+            alphas = {str(target.alpha) for target in self.targets}
+            metadata["ss_network_dim"] = ranks.pop() if len(ranks) == 1 else "Dynamic"
+            metadata["ss_network_alpha"] = alphas.pop() if len(alphas) == 1 else "Dynamic"
+        return {**metadata, **self.options.metadata()}
 
     def prepare_step(self, timesteps: Tensor) -> None:
         """Do nothing: these networks are the same at every timestep."""

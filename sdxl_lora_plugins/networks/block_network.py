@@ -90,6 +90,11 @@ class BlockNetwork(Network):
         "everything about it: a regular expression, searched for in the layer's name in files, and "
         "include, exclude, dim=N, alpha=X or lr=X: 'attn2 dim=8 lr=1e-4; ff_net exclude'.",
     )
+    dim_from_weights: bool = Field(
+        False,
+        json_schema_extra={"flag": True},
+        description="Adapt the layers that network_weights has, with the rank and alpha of each.",
+    )
     scale_weight_norms: float | None = Field(
         None,
         gt=0,
@@ -172,11 +177,26 @@ class BlockNetwork(Network):
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Yield the options that would have no effect."""
+        if self.dim_from_weights and self.network_weights is None:
+            yield Problem(
+                place=config.place("dim_from_weights"),
+                message="there is no file to take ranks from",
+                remedy="name one with --network_weights",
+            )
         for option, message, remedy in self._idle():
             if option in self.model_fields_set:
                 is_flag = option in Network.model_fields
                 place = config.place(option if is_flag else f"network_args.{option}")
                 yield Problem(place=place, message=message, remedy=remedy)
+
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Say that the file decides on ranks."""
+        for option in ("network_dim", "network_alpha"):
+            if self.dim_from_weights and config.is_set(option):
+                yield (
+                    f"{config.place(option)} has no effect: {config.place('dim_from_weights')} "
+                    "takes ranks and alphas from the file"
+                )
 
     def require_parts(self, *, denoiser: bool, text_encoders: bool) -> None:
         """Refuse options about parts that do not train.
@@ -201,6 +221,12 @@ class BlockNetwork(Network):
 
     def _idle(self) -> Iterator[tuple[str, str, str]]:
         """Yield options that nothing would read, if they are given: name, reason and remedy."""
+        if self.dim_from_weights:
+            reason = "has no effect with dim_from_weights: the file has ranks and alphas"
+            for option in (*CONVOLUTION_RANKS, *RANKS_BY_BLOCK, "rs_lora"):
+                yield option, reason, "leave one of them out"
+            if any(rule.dim or rule.include or rule.alpha is not None for rule in self.rules or ()):
+                yield "rules", f"include, dim and alpha: {reason}", "leave these words out"
         if not self.adapts_convolutions:
             for option in ("conv_alpha", "conv_block_alphas"):
                 yield option, "has no effect: no convolution is adapted", "set conv_dim"

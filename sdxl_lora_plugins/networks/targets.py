@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sdxl_lora_plugins.files.algorithms import algorithm_of, rank_of
 from sdxl_lora_plugins.networks.blocks import block_of
 from sdxl_lora_plugins.networks.rules import last_match, require_matches
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
 
     from sdxl_lora_plugins.networks import BlockNetwork
     from sdxl_train import LoadedModel, Part
@@ -54,14 +57,39 @@ def targets(model: LoadedModel, options: BlockNetwork) -> Iterator[Target]:
         UserError: If options are about parts that do not train, or a rule about no layer of them.
     """
     _require_use(model, options)
+    stored = None
+    if options.dim_from_weights and options.network_weights is not None:
+        stored = ranks_and_alphas(model.read_network(options.network_weights))
     classes = ATTENTION_BLOCKS | (CONVOLUTION_BLOCKS if options.adapts_convolutions else set())
     for part in model.parts:
         for path, layer in part.module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 standard = _is_inside(part.module, path, classes)
-                target = _target(part, part.file_names[path], layer, options, standard=standard)
+                name = part.file_names[path]
+                target = _target(part, name, layer, options, stored, standard=standard)
                 if target is not None:
                     yield target
+
+
+def ranks_and_alphas(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
+    """Give the rank and alpha of each layer of a file, as ``LoadedModel.read_network`` reads it.
+
+    Of a LoKr of whole factors it is a rank that leaves both whole.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.partition(".")
+        shapes.setdefault(name, {})[kind] = tuple(tensor.shape)
+    found: dict[str, tuple[int, float]] = {}
+    for name, own in shapes.items():
+        algorithm = algorithm_of(own)
+        assert algorithm is not None
+        rank = rank_of(algorithm, own)
+        if rank is None:
+            rank = max(size for shape in own.values() for size in shape)
+        alpha = tensors.get(f"{name}.alpha")
+        found[name] = (rank, float(rank) if alpha is None else alpha.item())
+    return found
 
 
 def _require_use(model: LoadedModel, options: BlockNetwork) -> None:
@@ -72,7 +100,10 @@ def _require_use(model: LoadedModel, options: BlockNetwork) -> None:
     )
     if options.rules:
         names = (
-            f"{part.prefix}_{name}" for part in model.parts for name in part.file_names.values()
+            f"{part.prefix}_{name}"
+            for part in model.parts
+            for path, name in part.file_names.items()
+            if isinstance(part.module.get_submodule(path), (nn.Linear, nn.Conv2d))
         )
         require_matches(options.rules, names)
 
@@ -82,6 +113,7 @@ def _target(
     file_name: str,
     layer: nn.Linear | nn.Conv2d,
     options: BlockNetwork,
+    stored: Mapping[str, tuple[int, float]] | None,
     *,
     standard: bool,
 ) -> Target | None:
@@ -92,11 +124,16 @@ def _target(
         file_name: Its name in files without the part's prefix.
         layer: The layer.
         options: What is asked for.
+        stored: Rank and alpha of the layers of a file, if that decides on them.
         standard: Whether its class is one that is adapted where no rule says otherwise.
     """
     block, name = block_of(file_name), f"{part.prefix}_{file_name}"
     has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-    rank, alpha = options.rank_and_alpha(block, has_kernel=has_kernel)
+    if stored is None:
+        rank, alpha = options.rank_and_alpha(block, has_kernel=has_kernel)
+    else:
+        rank, alpha = stored.get(name, (0, 0.0))
+        standard = bool(rank)
     factor, lr = options.lr_factor(block), part.lr
     by_block = block is not None and options.has_lr_by_block
     group = f"{part.group}_block{block}" if by_block else part.group

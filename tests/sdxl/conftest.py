@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.networks import Lora
 from sdxl_lora_plugins.optimizers import AdamW
 from sdxl_train import NoiseSchedule
 from sdxl_train.assembly import Assembly, assemble
@@ -78,6 +79,7 @@ def run_config() -> Callable[..., RunConfig]:
         stand_in = SimpleNamespace(
             model=model,
             optimizer=SimpleNamespace(learning_rate=learning_rate),
+            network=Lora(),
             is_set=lambda name: False,
             dataset=DatasetOptions(cache_text_encoder_outputs=cache),
             place=lambda name: f"--{name}",

@@ -375,7 +375,8 @@ import sys
 from types import SimpleNamespace as Stand
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_train.data.dataset_options import DatasetOptions
-config = Stand(optimizer=Stand(learning_rate=1), place=str,
+network = Stand(network_weights=None, base_weights=None)
+config = Stand(optimizer=Stand(learning_rate=1), place=str, network=network,
                dataset=DatasetOptions())
 for path in ({str(tiny_file)!r}, {str(tiny_folder)!r}):
     assert not list(Sdxl(pretrained_model_name_or_path=path, vae=path).check(config))

@@ -161,6 +161,8 @@ def split_tags(caption: str, separator: str = ",") -> list[str]:
 def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[str]:
     """Say where options that keep tags cannot do so."""
     mark, separator = options.keep_tokens_separator, options.caption_separator
+    if not mark and not options.keep_tokens:
+        return []
     unmarked = short = total = 0
     for caption in (line for lines in captions for line in lines.split("\n")):
         total += 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from sdxl_train.data.captions import CaptionError
 from sdxl_train.data.images import ImageError
@@ -17,29 +19,45 @@ if TYPE_CHECKING:
 
     from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.images import ImageHeader
-    from sdxl_train.data.scan_index import ScanIndex
+    from sdxl_train.data.scan_index import FolderIndex, ScanIndex
 
-_Files: TypeAlias = "tuple[Path, Path | None, Path | None]"
-"""An image, its caption file and its mask."""
+_Names: TypeAlias = tuple[str, str | None, str | None]
+"""The names of an image, its caption file and its mask."""
 
 _AT_ONCE = 100
 """Images of one task: a task for each image would take longer to hand over than to do."""
+_WAITING = 3
+"""A disk or network is waited for where reading takes this many times longer than computing."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Read:
-    """What was read of one image."""
+class Read(NamedTuple):
+    """What was read of one image: its head, its caption and the head of its mask."""
 
-    path: Path
-    caption_path: Path | None
-    mask_path: Path | None
+    folder: Path
+    mask_folder: Path
+    names: _Names
     header: ImageHeader | ImageError
     caption: CaptionFile | Problem | None
     mask: ImageHeader | ImageError | None
 
+    @property
+    def path(self) -> Path:
+        """The image. Paths are made when asked for: 100 000 take half a second."""
+        return self.folder / self.names[0]
+
+    @property
+    def caption_path(self) -> Path | None:
+        """Its caption file."""
+        return self.folder / self.names[1] if self.names[1] else None
+
+    @property
+    def mask_path(self) -> Path | None:
+        """Its mask."""
+        return self.mask_folder / self.names[2] if self.names[2] else None
+
 
 class Reader:
-    """Reads in threads; a context manager that ends them.
+    """Reads images with their captions and masks.
 
     Args:
         index: Recalls what was read before.
@@ -49,67 +67,113 @@ class Reader:
     def __init__(self, index: ScanIndex, *, decode: bool = False) -> None:
         self.index = index
         self.decode = decode
-        # Heads wait for the disk or the network, pixels keep the cores busy.
-        cores = os.cpu_count() or 1
-        threads = cores if decode else min(32, 4 * cores)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="scan")
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
 
     def read(
         self,
-        images: Sequence[Path],
-        captions: Sequence[Path | None],
-        masks: Sequence[Path | None],
+        folder: Path,
+        images: Sequence[str],
+        captions: Sequence[str | None],
+        masks: Sequence[str | None],
+        mask_folder: Path | None = None,
     ) -> Iterator[Read]:
-        """Read images with their caption files and masks, in their order."""
+        """Read images with their caption files and masks, in their order.
+
+        Args:
+            folder: Holds the images and captions.
+            images: Names of the images.
+            captions: Of each, the name of its caption file.
+            masks: Of each, the name of its mask.
+            mask_folder: Holds the masks.
+        """
+        reading = _Reading(self.index, folder, mask_folder or folder, decode=self.decode)
         files = list(zip(images, captions, masks, strict=True))
         parts = [files[at : at + _AT_ONCE] for at in range(0, len(files), _AT_ONCE)]
-        # What is known needs no waiting, and threads only get in each other's way.
-        tasks = [
-            None if self._known(part) else self._pool.submit(self._some, part) for part in parts
-        ]
-        for part, task in zip(parts, tasks, strict=True):
-            yield from self._some(part) if task is None else task.result()
+        read = [reading.recall(part) for part in parts]
+        new = [number for number, known in enumerate(read) if known is None]
+        for number, part in zip(new, self._open(reading, [parts[n] for n in new]), strict=True):
+            read[number] = part
+        return chain.from_iterable(part for part in read if part is not None)
 
-    def _known(self, files: Sequence[_Files]) -> bool:
-        return all(
-            self.index.knows_image(image, decoded=self.decode)
-            and (caption is None or self.index.knows_caption(caption))
-            and (mask is None or self.index.knows_image(mask, decoded=self.decode))
-            for image, caption, mask in files
-        )
+    def _open(self, reading: _Reading, parts: Sequence[list[_Names]]) -> Iterator[list[Read]]:
+        """Read parts, in threads where these are of use.
 
-    def _some(self, files: Sequence[_Files]) -> list[Read]:
-        return [
-            Read(
-                path=path,
-                caption_path=caption,
-                mask_path=mask,
-                header=self._header(path),
-                caption=self._caption(caption) if caption else None,
-                mask=self._header(mask) if mask else None,
-            )
-            for path, caption, mask in files
-        ]
-
-    def _header(self, path: Path) -> ImageHeader | ImageError:
+        Decoding keeps all cores busy. Heads and captions are little work: where nothing waits for
+        a disk, threads get in each other's way and take twice as long as one alone.
+        """
+        left = deque(parts)
+        while left and not self.decode:
+            began, computed = time.perf_counter(), time.thread_time()
+            yield reading.some(left.popleft())
+            if time.perf_counter() - began > _WAITING * (time.thread_time() - computed):
+                break
+        if not left:
+            return
+        cores = os.cpu_count() or 1
+        pool = ThreadPoolExecutor(cores if self.decode else min(32, 4 * cores), "scan")
         try:
-            header = self.index.header(path)
+            yield from pool.map(reading.some, left)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Reading:
+    """Reads images of one folder."""
+
+    def __init__(self, index: ScanIndex, folder: Path, mask_folder: Path, *, decode: bool) -> None:
+        self.folder = folder
+        self.mask_folder = mask_folder
+        self.decode = decode
+        self.files = index.folder(folder)
+        self.masks = index.folder(mask_folder)
+
+    def recall(self, files: Sequence[_Names]) -> list[Read] | None:
+        """Give images without opening a file, if all of them are known."""
+        known = []
+        for names in files:
+            image, caption, mask = names
+            header = self.files.recall_image(image, decoded=self.decode)
+            text = self.files.recall_caption(caption) if caption else None
+            mask_header = self.masks.recall_image(mask, decoded=self.decode) if mask else None
+            if not header or (caption and text is None) or (mask and not mask_header):
+                return None
+            known.append(self._read(names, header, text, mask_header))
+        return known
+
+    def some(self, files: Sequence[_Names]) -> list[Read]:
+        """Read images."""
+        return [
+            self._read(
+                names,
+                self._header(self.files, names[0]),
+                self._caption(names[1]) if names[1] else None,
+                self._header(self.masks, names[2]) if names[2] else None,
+            )
+            for names in files
+        ]
+
+    def _read(
+        self,
+        names: _Names,
+        header: ImageHeader | ImageError,
+        text: CaptionFile | Problem | None,
+        mask_header: ImageHeader | ImageError | None,
+    ) -> Read:
+        return Read(self.folder, self.mask_folder, names, header, text, mask_header)
+
+    def _header(self, files: FolderIndex, name: str) -> ImageHeader | ImageError:
+        try:
+            header = files.header(name)
             if self.decode:
-                self.index.check_pixels(path)
+                files.check_pixels(name)
         except ImageError as error:
             return error
         return header
 
-    def _caption(self, path: Path) -> CaptionFile | Problem:
+    def _caption(self, name: str) -> CaptionFile | Problem:
         try:
-            return self.index.caption(path)
+            return self.files.caption(name)
         except CaptionError as error:
-            return Problem(place=str(path), message=str(error))
+            return Problem(place=str(self.folder / name), message=str(error))
         except OSError as error:
-            return Problem(place=str(path), message=f"cannot be read: {error.strerror}")
+            place = str(self.folder / name)
+            return Problem(place=place, message=f"cannot be read: {error.strerror}")

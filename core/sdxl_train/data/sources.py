@@ -89,9 +89,8 @@ def scan(
     """
     index = index or ScanIndex()
     findings = Findings(skip_bad=skip_bad)
-    with Reader(index, decode=decode) as reader:
-        scanner = _Scanner(bucket_multiple, place, reader, findings)
-        found = [(config, scanner.images(config)) for config in configs]
+    scanner = _Scanner(bucket_multiple, place, Reader(index, decode=decode), findings)
+    found = [(config, scanner.images(config)) for config in configs]
     held = [held_out(config, images) for config, images in found]
     every = frozenset[Path]().union(*held)
     training = [scanner.training(config, images, every) for config, images in found]

@@ -70,7 +70,13 @@ class SubsetScan:
             return []
         self.findings.skipped += listing.skipped
         self._check_listing(listing)
-        read = self.reader.read(listing.images, listing.captions, self._masks(listing))
+        read = self.reader.read(
+            subset.image_dir,
+            listing.images,
+            listing.captions,
+            self._masks(listing),
+            subset.mask_dir,
+        )
         records = [record for entry in read if (record := self._record(entry))]
         if listing.images and not records and self.findings.skip_bad:
             message = f"no image in {subset.image_dir} can be used, they are all left out"
@@ -88,13 +94,12 @@ class SubsetScan:
             )
         elif listing.other_captions and not any(listing.captions):
             origin = subset.origins["caption_extension"]
-            ending = listing.other_captions[0].suffix
+            other = listing.other_captions[0]
             self.findings.problem(
                 self.place("caption_extension") if origin == DEFAULT else origin,
                 f"no image in {subset.image_dir} has a caption file "
-                f"({' or '.join(subset.caption_extensions)}), but there is "
-                f"{listing.other_captions[0].name}",
-                f"use --caption_extension {ending}",
+                f"({' or '.join(subset.caption_extensions)}), but there is {other}",
+                f"use --caption_extension {other[other.rindex('.') :]}",
             )
 
     def _check_captions(self, records: Sequence[ImageRecord]) -> None:
@@ -113,22 +118,22 @@ class SubsetScan:
 
     def _record(self, read: Read) -> ImageRecord | None:
         subset = self.subset
-        text = subset.class_tokens or ""
+        path, text = read.path, subset.class_tokens or ""
         if isinstance(read.caption, Problem):
             self.findings.problems.append(read.caption)
         elif read.caption is not None:
-            text = self._caption(read.caption, read.caption_path or read.path)
+            text = self._caption(read.caption, read)
         if isinstance(read.header, ImageError):
-            self.findings.bad_image(read.path, str(read.header))
+            self.findings.bad_image(path, str(read.header))
             return None
-        chosen = self._fit(read.path, read.header)
+        chosen = self._fit(path, read.header)
         if chosen is None or not self._mask_fits(read, read.header):
             return None
-        if subset.views.face_crop_aug_range and split_face(read.path.stem)[1] is None:
+        if subset.views.face_crop_aug_range and split_face(path.stem)[1] is None:
             remark = "no face in the name (_X_Y_W_H), cropped at the centre"
-            self.findings.remarks.add(remark, read.path)
+            self.findings.remarks.add(remark, path)
         return ImageRecord(
-            path=read.path,
+            path=path,
             size=read.header.size,
             caption=text,
             has_caption=read.caption is not None,
@@ -139,20 +144,20 @@ class SubsetScan:
             mask=read.mask_path,
         )
 
-    def _caption(self, caption: CaptionFile, path: Path) -> str:
+    def _caption(self, caption: CaptionFile, read: Read) -> str:
         for remark in caption.remarks:
-            self.findings.remarks.add(f"caption {remark}", path)
+            self.findings.remarks.add(f"caption {remark}", read.caption_path or read.path)
         if not self.subset.captions.enable_wildcard:
             if len(caption.lines) > 1:
                 remark = "caption more than one line, only the first is used (enable_wildcard)"
-                self.findings.remarks.add(remark, path)
+                self.findings.remarks.add(remark, read.caption_path or read.path)
             return caption.text
         if caption.bad_brace:
             line, column = caption.bad_brace
-            self.findings.problem(f"{path}:{line}:{column}", UNBALANCED, BALANCE)
+            self.findings.problem(f"{read.caption_path}:{line}:{column}", UNBALANCED, BALANCE)
         return "\n".join(caption.lines)
 
-    def _masks(self, listing: Listing) -> list[Path | None]:
+    def _masks(self, listing: Listing) -> list[str | None]:
         """Give the mask of each image, if the subset has any."""
         subset = self.subset
         if subset.mask_dir is None:
@@ -164,9 +169,7 @@ class SubsetScan:
             self.findings.problem(subset.place, message)
             return [None] * len(listing.images)
         self.findings.skipped += skipped
-        bare = [
-            image.name for image, mask in zip(listing.images, masks, strict=True) if mask is None
-        ]
+        bare = [image for image, mask in zip(listing.images, masks, strict=True) if mask is None]
         if bare:
             more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
             self.findings.problem(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 def held_out(config: DatasetConfig, images: Sequence[ImageRecord]) -> frozenset[Path]:
     """Give the resolved paths of the images that a dataset holds out."""
+    if not config.validation_split:
+        return frozenset()
     held: set[Path] = set()
     for index in range(len(config.subsets)):
         members = [image for image in images if image.subset == index and not image.is_reg]

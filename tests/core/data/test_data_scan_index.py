@@ -13,6 +13,7 @@ from sdxl_train.data.images import ImageError
 from sdxl_train.data.scan_index import ScanIndex
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from tests.core.data.conftest import MakeImage
@@ -33,32 +34,34 @@ def refuse(path: Path) -> None:
 def test_an_untouched_file_is_not_opened_again(
     tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ScanIndex(tmp_path / "home")
-    header, caption = first.header(picture), first.caption(picture.with_suffix(".txt"))
-    first.check_pixels(picture)
-    first.save()
+    index = ScanIndex(tmp_path / "home")
+    first = index.folder(picture.parent)
+    header, caption = first.header("a.png"), first.caption("a.txt")
+    first.check_pixels("a.png")
+    index.save()
     for reader in ("read_header", "read_caption", "load_image"):
         monkeypatch.setattr(f"sdxl_train.data.scan_index.{reader}", refuse)
-    second = ScanIndex(tmp_path / "home")
-    assert second.header(picture) == header
-    assert second.caption(picture.with_suffix(".txt")) == caption
-    second.check_pixels(picture)
+    second = ScanIndex(tmp_path / "home").folder(picture.parent)
+    assert second.recall_image("a.png", decoded=True) == second.header("a.png") == header
+    assert second.recall_caption("a.txt") == second.caption("a.txt") == caption
+    second.check_pixels("a.png")
 
 
 def test_an_edit_that_keeps_length_and_time_is_seen(tmp_path: Path, picture: Path) -> None:
     caption = picture.with_suffix(".txt")
-    first = ScanIndex(tmp_path / "home")
-    first.caption(caption)
-    first.content(caption)
-    first.save()
+    index = ScanIndex(tmp_path / "home")
+    first = index.folder(picture.parent)
+    first.caption("a.txt")
+    first.content("a.txt")
+    index.save()
     before = caption.stat()
     caption.write_text("a dog", encoding="utf-8")
     os.utime(caption, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert caption.stat().st_mtime_ns == before.st_mtime_ns
-    second = ScanIndex(tmp_path / "home")
-    assert second.caption(caption).text == "a dog"
-    assert second.content(caption) != first.content(caption)
-    assert not first.is_unchanged(caption)
+    second = ScanIndex(tmp_path / "home").folder(picture.parent)
+    assert second.caption("a.txt").text == "a dog"
+    assert second.content("a.txt") != first.content("a.txt")
+    assert not index.is_unchanged(caption)
 
 
 def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: MakeImage) -> None:
@@ -66,21 +69,36 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
     ahead = time.time_ns() + 10**9
     os.utime(path, ns=(ahead, ahead))
     first = ScanIndex(tmp_path / "home")
-    first.header(path)
+    first.folder(path.parent).header("a.png")
     first.save()
-    assert not ScanIndex(tmp_path / "home").knows_image(path, decoded=False)
+    second = ScanIndex(tmp_path / "home").folder(path.parent)
+    assert second.recall_image("a.png", decoded=False) is None
 
 
-@pytest.mark.parametrize("content", [b"", b"[1, {", b'[99, {"a.png": {}}]', b'[1, {"a.png": 3}]'])
-def test_a_damaged_index_is_as_good_as_none(tmp_path: Path, picture: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: b"",
+        lambda data: data[:-9],
+        lambda data: data.replace(b'"format":', b'"format":9'),
+        lambda data: data.replace(b'"headers":[0]', b'"headers":[7]'),
+        lambda data: data.replace(b'"headers":[0]', b'"headers":[]'),
+        lambda data: data.replace(b'"decodes":[false]', b'"decodes":["?"]'),
+        lambda data: data.replace(b'"odd_captions":{', b'"odd_captions":{"3":{"lines":[]}'),
+    ],
+    ids=["empty", "cut", "later version", "no such kind", "short", "wrong type", "no such caption"],
+)
+def test_a_damaged_index_is_as_good_as_none(
+    tmp_path: Path, picture: Path, damage: Callable[[bytes], bytes]
+) -> None:
     first = ScanIndex(tmp_path / "home")
-    first.header(picture)
+    first.folder(picture.parent).header("a.png")
     first.save()
     (file,) = (tmp_path / "home").iterdir()
-    file.write_bytes(content)
-    second = ScanIndex(tmp_path / "home")
-    assert not second.knows_image(picture, decoded=False)
-    assert second.header(picture).size == (64, 64)
+    file.write_bytes(damage(file.read_bytes()))
+    second = ScanIndex(tmp_path / "home").folder(picture.parent)
+    assert second.recall_image("a.png", decoded=False) is None
+    assert second.header("a.png").size == (64, 64)
 
 
 def test_faults_are_not_remembered(tmp_path: Path, picture: Path) -> None:
@@ -88,10 +106,10 @@ def test_faults_are_not_remembered(tmp_path: Path, picture: Path) -> None:
     picture.write_bytes(good[: len(good) // 2])
     index = ScanIndex(tmp_path / "home")
     with pytest.raises(ImageError):
-        index.header(picture)
+        index.folder(picture.parent).header("a.png")
     index.save()
     picture.write_bytes(good)
-    assert ScanIndex(tmp_path / "home").header(picture).size == (64, 64)
+    assert ScanIndex(tmp_path / "home").folder(picture.parent).header("a.png").size == (64, 64)
 
 
 def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
@@ -99,6 +117,6 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
     pipe = tmp_path / "cats" / "pipe.png"
     os.mkfifo(pipe)  # opening it for reading would wait for a writer for ever
     with pytest.raises(ImageError, match="is not a regular file"):
-        ScanIndex().header(pipe)
+        ScanIndex().folder(pipe.parent).header("pipe.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "cats" / "a.png")
-    assert ScanIndex().header(tmp_path / "cats" / "a.png").size == (8, 8)
+    assert ScanIndex().folder(tmp_path / "cats").header("a.png").size == (8, 8)

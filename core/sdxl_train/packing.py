@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TENSOR, _TUPLE, _PAIRS, _DTYPE = "$tensor", "$tuple", "$pairs", "$dtype"
-"""Sole keys of the objects that stand for what JSON does not have."""
+"""Keys of the objects that stand for what JSON does not have."""
+_ORDER = "order"
+"""Beside the name of a tensor that lies transposed in memory: its dimensions, outermost first."""
 
 
 def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -29,8 +31,13 @@ def pack(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):
-        tensors[name] = value
-        return {_TENSOR: name}
+        # A product of matrices may round otherwise when one of them lies transposed in memory.
+        order = sorted(range(value.ndim), key=value.stride, reverse=True)
+        if value.is_contiguous() or order == sorted(order):
+            tensors[name] = value
+            return {_TENSOR: name}
+        tensors[name] = value.permute(order)
+        return {_TENSOR: name, _ORDER: order}
     if isinstance(value, torch.dtype):
         return {_DTYPE: str(value).removeprefix("torch.")}
     if isinstance(value, (list, tuple)):
@@ -57,7 +64,10 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        return tensors[value[_TENSOR]]
+        tensor = tensors[value[_TENSOR]]
+        if _ORDER not in value:
+            return tensor
+        return tensor.permute([value[_ORDER].index(dim) for dim in range(tensor.ndim)])
     if _DTYPE in value:
         return getattr(torch, value[_DTYPE])
     if _TUPLE in value:

@@ -30,6 +30,17 @@ def test_nested_values_come_back_as_they_were() -> None:
     assert unpack(plain, tensors) == state
 
 
+def test_transposed_tensors_come_back_transposed() -> None:
+    """eigh gives such ones; a product with a copy that lies otherwise may round otherwise."""
+    value = torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)
+    tensors: dict[str, torch.Tensor] = {}
+    plain = json.loads(json.dumps(pack({"basis": [value]}, tensors, "state")))
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    (found,) = unpack(plain, tensors)["basis"]
+    assert torch.equal(found, value)
+    assert found.stride() == value.stride()
+
+
 def test_what_has_no_place_in_a_file_is_named() -> None:
     with pytest.raises(TypeError, match=r"optimizer\.state\.0\.projector is a object"):
         pack({"state": {0: {"projector": object()}}}, {}, "optimizer")

@@ -187,6 +187,8 @@ class Quadratic:
                 for number, (parameters, rate) in enumerate(zip(self.groups, rates, strict=True))
             ]
         )
+        if contract.component.train_eval_modes:
+            self.optimizer.train()  # type: ignore[attr-defined]
         self.mark()
 
     @property

@@ -143,7 +143,7 @@ class LoadedSdxl:
     def text_encoders_identity(self) -> str:
         """Hash the text encoders as they are in memory, and how captions become tokens."""
         assert self.text_encoders, "the text encoders were released"
-        tokenizers = [tokenizer.backend_tokenizer.to_str() for tokenizer in self.tokenizers]
+        tokenizers = [text.identity(tokenizer) for tokenizer in self.tokenizers]
         return weights_hash(self.text_encoders, [*tokenizers, str(self._num_chunks)])
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ into chunks of 75 that are encoded apart and joined again.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -45,6 +46,15 @@ def tokenize(
         for ids in words.input_ids
     ]
     return torch.tensor(chunks)  # type: ignore[return-value]
+
+
+def identity(tokenizer: CLIPTokenizer) -> str:
+    """Give all that decides which tokens a tokenizer makes of a text.
+
+    How the last call cut and padded, which a tokenizer remembers, is no part of it.
+    """
+    document = json.loads(tokenizer.backend_tokenizer.to_str())
+    return json.dumps({**document, "truncation": None, "padding": None})
 
 
 def chunk_tokens(

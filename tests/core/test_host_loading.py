@@ -291,7 +291,7 @@ def test_a_deprecated_hook_is_told_once_with_the_name_of_the_plugin(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     site.add("grain")
-    options = hookspecs.register_noises.sdxl_train_spec
+    options = vars(hookspecs.register_noises)["sdxl_train_spec"]
     gone = DeprecationWarning("register_noises goes in 0.3: use register_noise")
     monkeypatch.setitem(options, "warn_on_impl", gone)
 

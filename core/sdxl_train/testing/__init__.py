@@ -27,18 +27,24 @@ from sdxl_train.testing.fixtures import (
 )
 
 if TYPE_CHECKING:
+    from sdxl_train.testing.command import CommandContract
     from sdxl_train.testing.loss import LossContract
+    from sdxl_train.testing.model import ModelContract
     from sdxl_train.testing.network import NetworkContract
     from sdxl_train.testing.noise import NoiseContract
+    from sdxl_train.testing.observer import ObserverContract
     from sdxl_train.testing.optimizer import OptimizerContract
     from sdxl_train.testing.scheduler import SchedulerContract
     from sdxl_train.testing.timesteps import TimestepsContract
     from sdxl_train.testing.weighting import WeightingContract
 
 __all__ = [
+    "CommandContract",
     "LossContract",
+    "ModelContract",
     "NetworkContract",
     "NoiseContract",
+    "ObserverContract",
     "OptimizerContract",
     "SchedulerContract",
     "TimestepsContract",

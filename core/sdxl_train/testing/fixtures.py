@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
+from sdxl_train.components import Observer
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
     import torch
 
-    from sdxl_train.components import LoadedModel, Model
-    from sdxl_train.run import RunResult
+    from sdxl_train.components import Component, LoadedModel, Model
+    from sdxl_train.loop import StepResult
+    from sdxl_train.run import Run, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +52,17 @@ class WritePlugin(Protocol):
 class TrainTiny(Protocol):
     """Trains a tiny model for real."""
 
-    def __call__(self, **options: Any) -> TinyRun:
-        """Train with these options on top of those of a tiny run."""
+    def __call__(
+        self,
+        *,
+        components: Iterable[Component] = (),
+        events: Mapping[str, Callable[..., object]] | None = None,
+        **options: Any,
+    ) -> TinyRun:
+        """Train with these options on top of those of a tiny run.
+
+        ``components`` and ``events`` are those of :func:`sdxl_train.train`.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,23 +153,28 @@ def plugin_files(tmp_path: Path) -> WritePlugin:
     return write
 
 
-_RECORDER = """
-from sdxl_train import hookimpl
+_LOSSES = "losses.txt"
 
 
-@hookimpl
-def run_started(run):
-    (run.output_dir / "losses.txt").write_text("")
+class RecordLosses(Observer):
+    """Writes the loss of each step to a file beside the network."""
+
+    def build(self, run: Run) -> object:
+        """Give what hears of the steps."""
+        return _LossFile(run.output_dir / _LOSSES)
 
 
-@hookimpl
-def step_finished(run, step):
-    with (run.output_dir / "losses.txt").open("a") as file:
-        print(step.loss.item(), file=file)
-"""
+class _LossFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.write_text("", encoding="utf-8")
+
+    def step_finished(self, step: StepResult) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            print(step.loss.item(), file=file)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_tiny(
     tiny_model: TinyModel,
     tiny_dataset: Path,
@@ -167,10 +186,13 @@ def train_tiny(
     """
     from sdxl_train.api import train
 
-    def run(**options: Any) -> TinyRun:
+    def run(
+        *,
+        components: Iterable[Component] = (),
+        events: Mapping[str, Callable[..., object]] | None = None,
+        **options: Any,
+    ) -> TinyRun:
         folder = tmp_path_factory.mktemp("tiny-run")
-        recorder = folder / "loss_recorder.py"
-        recorder.write_text(_RECORDER, encoding="utf-8")
         plugins = options.pop("plugin", [])
         if isinstance(plugins, (str, Path)):
             plugins = [plugins]
@@ -186,11 +208,11 @@ def train_tiny(
             "seed": 1,
             "max_data_loader_n_workers": 0,
             **options,
-            "plugin": [*map(str, plugins), str(recorder)],
+            "plugin": [*map(str, plugins)],
         }
         chosen = {name: value for name, value in given.items() if value is not None}
-        result = train(chosen)
-        lines = (folder / "output" / "losses.txt").read_text(encoding="utf-8").split()
+        result = train(chosen, components=[*components, RecordLosses()], events=events)
+        lines = (folder / "output" / _LOSSES).read_text(encoding="utf-8").split()
         return TinyRun(
             options=chosen,
             result=result,

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sdxl_train.rng import derive_seed
     from sdxl_train.run import Run, RunResult
     from sdxl_train.schedule import NoiseSchedule, PredictionType
+    from sdxl_train.tensor_file import TENSOR_DTYPES, TensorEntry, hashes_of, write_tensors
     from sdxl_train.toml_files import read_text, read_toml
     from sdxl_train.validation import ValidationResult
     from sdxl_train.weights import limit_norms, require_fit
@@ -76,6 +77,10 @@ _HOMES = {
     "RunResult": "sdxl_train.run",
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",
+    "TENSOR_DTYPES": "sdxl_train.tensor_file",
+    "TensorEntry": "sdxl_train.tensor_file",
+    "hashes_of": "sdxl_train.tensor_file",
+    "write_tensors": "sdxl_train.tensor_file",
     "Problem": "sdxl_train.errors",
     "SdxlTrainError": "sdxl_train.errors",
     "TrainingError": "sdxl_train.errors",
@@ -89,6 +94,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "TENSOR_DTYPES",
     "Adapter",
     "Checkpoint",
     "Command",
@@ -124,6 +130,7 @@ __all__ = [
     "StepPlan",
     "StepResult",
     "StepsOrShare",
+    "TensorEntry",
     "TimestepSampler",
     "Timesteps",
     "TrainingError",
@@ -133,6 +140,7 @@ __all__ = [
     "Weighting",
     "__version__",
     "derive_seed",
+    "hashes_of",
     "hookimpl",
     "limit_norms",
     "plan",
@@ -141,6 +149,7 @@ __all__ = [
     "read_toml",
     "require_fit",
     "train",
+    "write_tensors",
 ]
 
 

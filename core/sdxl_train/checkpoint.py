@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,12 +11,13 @@ from sdxl_train.errors import TrainingError
 from sdxl_train.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
+    import torch
     from torch import Tensor
 
-    from sdxl_train.config import OutputOptions
+    from sdxl_train.config import OutputOptions, SaveFormat
     from sdxl_train.counts import SavePoint
 
 
@@ -25,7 +26,7 @@ class Checkpoint:
     """A saved network.
 
     Attributes:
-        path: The complete file.
+        path: The complete file, or the folder that holds it where diffusers wants one.
         kind: ``epoch``, ``step`` or ``final``.
         step: Optimizer steps done.
         epoch: Epochs begun.
@@ -37,13 +38,34 @@ class Checkpoint:
     epoch: int
 
 
+_ENDINGS: dict[SaveFormat, str] = {
+    "safetensors": ".safetensors",
+    "ckpt": ".ckpt",
+    "pt": ".pt",
+    "diffusers": "",
+    "diffusers_safetensors": "",
+}
+"""How the names of networks end, by format; without an ending it is a folder."""
+FOLDER_FORMATS = frozenset(name for name, ending in _ENDINGS.items() if not ending)
+PICKLED_FORMATS = frozenset({"ckpt", "pt"})
+"""Formats of torch, which have no place for metadata."""
+_IN_FOLDER = "pytorch_lora_weights.safetensors"
+"""The file that diffusers looks for in a folder."""
+
 STEMS = {"epoch": "epoch", "step": "at", "final": "last"}
 """What sd-scripts calls files when the run has no name."""
 
 
 def file_name(output: OutputOptions, point: SavePoint) -> str:
     """Name a network as sd-scripts does: ``NAME-000002``, ``NAME-step00000100``, ``NAME``."""
-    return f"{_stem(output, point)}.{output.save_model_as}"
+    return _stem(output, point) + _ENDINGS[output.save_model_as]
+
+
+def is_network(path: Path) -> bool:
+    """Tell whether this is a file or folder as :func:`save_network` makes them."""
+    if path.is_dir():
+        return (path / _IN_FOLDER).is_file()
+    return path.suffix in filter(None, _ENDINGS.values())
 
 
 def state_name(output: OutputOptions, point: SavePoint) -> str:
@@ -90,47 +112,69 @@ def prune(output: OutputOptions, point: SavePoint) -> list[Path]:
     networks, states = _to_keep(output, point.kind)
     stem = re.escape(output.output_name or STEMS[point.kind])
     digits = r"-(\d{6})" if point.kind == "epoch" else r"-step(\d{8})"
-    folder = output.output_dir
+    ending = re.escape(_ENDINGS[output.save_model_as])
+    paths = list(output.output_dir.iterdir())
+    saved = filter(is_network, paths)
     return [
-        *_beyond(folder, rf"{stem}{digits}\.{output.save_model_as}", networks, point.number),
-        *_beyond(folder, rf"{stem}{digits}-state", states, point.number),
+        *_beyond(saved, rf"{stem}{digits}{ending}", networks, point.number),
+        *_beyond(paths, rf"{stem}{digits}-state", states, point.number),
     ]
 
 
-def _beyond(folder: Path, pattern: str, keep: int | None, newest: int) -> list[Path]:
+def _beyond(paths: Iterable[Path], pattern: str, keep: int | None, newest: int) -> list[Path]:
     if keep is None:
         return []
     numbered = [
         (int(match[1]), path)
-        for path in folder.iterdir()
+        for path in paths
         if (match := re.fullmatch(pattern, path.name)) and int(match[1]) <= newest
     ]
     return [path for _, path in sorted(numbered)[:-keep]]
 
 
-def save_network(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with the hashes that model managers look for.
+def save_network(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype,
+    save_as: SaveFormat,
+) -> None:
+    """Write a network under a name of :func:`file_name`.
 
-    ``sshs_model_hash`` is the sha256 of everything behind the header, so it names the weights
-    whatever the metadata; ``sshs_legacy_hash`` is the one A1111 computed first: sha256 of the 64
-    KiB at 1 MiB of the file with only the ``ss_*`` metadata.
+    Args:
+        path: The file, or the folder for it.
+        tensors: By their names in it, on any device.
+        metadata: For the header; formats of torch have none.
+        dtype: What tensors of numbers are cast to.
+        save_as: The format.
 
     Raises:
         TrainingError: If a tensor is not finite, or the file cannot be written.
     """
-    import safetensors.torch
+    from sdxl_train.tensor_file import TensorEntry, write_tensors
+
+    if save_as in PICKLED_FORMATS:
+        _save_pickled(path, {name: t.detach().cpu().to(dtype) for name, t in tensors.items()})
+        return
+    entries = {name: TensorEntry(dtype, tuple(t.shape)) for name, t in tensors.items()}
+    if save_as in FOLDER_FORMATS:
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{path} cannot be made: {error.strerror}") from error
+        path /= _IN_FOLDER
+    write_tensors(path, entries, tensors.__getitem__, metadata)
+
+
+def _save_pickled(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write what ``torch.load`` reads with ``weights_only=True``."""
+    import torch
 
     require_finite(tensors, path)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    kept = {name: text for name, text in metadata.items() if name.startswith("ss_")}
-    data = safetensors.torch.save(plain, kept)
-    header = 8 + int.from_bytes(data[:8], "little")
-    hashes = {
-        "sshs_model_hash": hashlib.sha256(data[header:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8],
-    }
-    del data
-    write_atomically(path, safetensors.torch.save(plain, {**metadata, **hashes}))
+    buffer = io.BytesIO()
+    torch.save(dict(tensors), buffer)
+    write_atomically(path, buffer.getvalue())
 
 
 def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -221,6 +221,17 @@ class LoadedModel(Protocol):
             UserError: If one is no network for this model, is broken, or does not fit.
         """
 
+    def diffusers_network(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Name what ``Adapter.state_dict`` gives as diffusers' ``load_lora_weights`` wants it.
+
+        Works on the meta device too. Beside the tensors, gives the metadata that diffusers needs.
+
+        Raises:
+            UserError: If diffusers cannot read such a network.
+        """
+
     def sampler(self) -> ImageSampler:
         """Give what generates pictures.
 

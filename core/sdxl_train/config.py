@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - pydantic needs it
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
@@ -23,6 +23,7 @@ from sdxl_train.components import (
     Weighting,
 )
 from sdxl_train.data.dataset_options import DatasetOptions
+from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import Setting, options_of
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from sdxl_train.registry import Entry
 
 OptionsT = TypeVar("OptionsT", bound=OptionModel)
+
+
+SaveFormat: TypeAlias = Literal["safetensors", "ckpt", "pt", "diffusers", "diffusers_safetensors"]
 
 
 class HostOptions(OptionModel):
@@ -150,7 +154,11 @@ class OutputOptions(OptionModel):
     output_name: str | None = Field(
         None, description="Stem of the file names. Default: last, at, epoch, as in sd-scripts."
     )
-    save_model_as: Literal["safetensors"] = Field("safetensors", description="File format.")
+    save_model_as: SaveFormat = Field(
+        "safetensors",
+        description="Format. ckpt and pt have no metadata; diffusers and diffusers_safetensors are "
+        "the same folder of safetensors, for load_lora_weights.",
+    )
     save_precision: Literal["float", "fp16", "bf16"] | None = Field(
         None, description="Type of the saved weights. Default: as they train."
     )
@@ -186,10 +194,6 @@ class OutputOptions(OptionModel):
     overwrite: bool = Field(
         False, description="Write over the files of an earlier run of this name."
     )
-    no_metadata: bool = Field(
-        False, description="Save only the metadata that clients need to load the file."
-    )
-    training_comment: str | None = Field(None, description="Free text for the metadata.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +203,7 @@ class RunConfig:
     host: HostOptions
     training: TrainingOptions
     output: OutputOptions
+    metadata: MetadataOptions
     dataset: DatasetOptions
     model: Model
     network: Network
@@ -232,7 +237,8 @@ class RunConfig:
     def options(self) -> dict[str, dict[str, Any]]:
         """Give the value and origin of every option in use, as plain JSON values."""
         resolved: dict[str, dict[str, Any]] = {}
-        groups: list[OptionModel] = [self.host, self.training, self.output, self.dataset]
+        groups: list[OptionModel] = [self.host, self.training, self.output]
+        groups += [self.metadata, self.dataset]
         for entry, component in zip(self.entries, self.components, strict=True):
             selector = entry.kind.selector
             if not entry.kind.stacked:
@@ -271,6 +277,7 @@ CORE_OPTIONS: tuple[type[OptionModel], ...] = (
     ComponentOptions,
     TrainingOptions,
     OutputOptions,
+    MetadataOptions,
     DatasetOptions,
 )
 """The option groups that the framework itself owns, in the order of help."""

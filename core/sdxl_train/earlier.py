@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sdxl_train.checkpoint import STEMS
+from sdxl_train.checkpoint import STEMS, is_network
 from sdxl_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ENDINGS = r"(-\d{6}|-step\d{8})?(-state|\.(safetensors|ckpt|pt))|\.run\.json|\.report\.html"
+_NUMBER = r"(-\d{6}|-step\d{8})?"
+_OTHERS = rf"{_NUMBER}-state|\.run\.json|\.report\.html"
 
 
 def files_of_earlier_run(output: OutputOptions) -> list[Path]:
@@ -30,8 +31,13 @@ def files_of_earlier_run(output: OutputOptions) -> list[Path]:
         return []
     names = (output.output_name,) if output.output_name else tuple(STEMS.values())
     stems = "|".join(re.escape(name) for name in names)
-    pattern = re.compile(f"({stems})({_ENDINGS})")
-    return sorted(path for path in output.output_dir.iterdir() if pattern.fullmatch(path.name))
+    others = re.compile(f"({stems})({_OTHERS})")
+    network = re.compile(rf"({stems}){_NUMBER}(\.\w+)?")
+    return sorted(
+        path
+        for path in output.output_dir.iterdir()
+        if others.fullmatch(path.name) or (network.fullmatch(path.name) and is_network(path))
+    )
 
 
 def clear_the_way(config: RunConfig) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
-from sdxl_train.checkpoint import kept
+from sdxl_train.checkpoint import FOLDER_FORMATS, kept
 from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
 
@@ -117,6 +117,8 @@ def _try_components(prepared: Prepared, assembly: Assembly) -> None:
         *(partial(weighting.build, schedule) for weighting in config.weightings),
         lambda: config.scheduler.build(config.optimizer.build(groups), prepared.counts.step_plan),
     ]
+    if config.output.save_model_as in FOLDER_FORMATS:
+        builds.append(partial(_try_format, config, assembly))
     problems: list[Problem] = []
     for build in builds:
         try:
@@ -125,6 +127,19 @@ def _try_components(prepared: Prepared, assembly: Assembly) -> None:
             problems.extend(error.problems)
     if problems:
         raise UserError(problems)
+
+
+def _try_format(config: RunConfig, assembly: Assembly) -> None:
+    """Refuse a network that the format of its files cannot hold.
+
+    Raises:
+        UserError: At the option that chose the format.
+    """
+    try:
+        assembly.model.diffusers_network(assembly.adapter.state_dict())
+    except UserError as error:
+        place = config.place("save_model_as")
+        raise UserError(replace(problem, place=place) for problem in error.problems) from error
 
 
 def _room(prepared: Prepared, assembly: Assembly) -> list[str]:

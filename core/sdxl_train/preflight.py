@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sdxl_train.checkpoint import PICKLED_FORMATS
 from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import resolve_datasets
@@ -74,6 +75,7 @@ def prepare(
         for component in config.components:
             problems.extend(component.check(config))
             warnings.extend(component.remarks(config))
+        problems.extend(config.metadata.check(config))
         problems.extend(_cross_checks(config))
         warnings.extend(_remarks(config))
         if scanned is not None:
@@ -291,6 +293,12 @@ def _remarks(config: RunConfig) -> Iterator[str]:
             f"such as {earlier[0].name}: they {fate} when training starts"
             + ("; to go on with it, use --resume latest" if not config.output.overwrite else "")
         )
+    if config.output.save_model_as in PICKLED_FORMATS:
+        for name in config.metadata.given():
+            yield (
+                f"{config.place(name)} has no effect: {config.output.save_model_as} files have no "
+                "metadata"
+            )
     yield from _idle_options(config)
     if not config.is_set("learning_rate") and not config.optimizer.single_lr:
         yield (

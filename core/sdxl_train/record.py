@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
@@ -48,6 +49,7 @@ class RunRecord:
         session: Random number that tells two runs apart.
         started: Unix time.
         optimizer: The optimizer's class and arguments, as sd-scripts records it.
+        num_timesteps: How many the model's noise schedule has.
         described: Metadata from the model, the network and the data.
     """
 
@@ -57,19 +59,20 @@ class RunRecord:
     session: int
     started: float
     optimizer: str
+    num_timesteps: int
     described: Mapping[str, str]
 
     def metadata(self, *, step: int, epoch: int) -> dict[str, str]:
         """Give the header of a network saved at this point."""
         values = {
             **{name: str(value) for name, value in self._training().items()},
-            **self._network_args(),
             **self.described,
+            **self._network_args(),
             "ss_steps": str(step),
             "ss_epoch": str(epoch),
             "ss_training_finished_at": str(time.time()),
         }
-        if self.config.output.no_metadata:
+        if self.config.metadata.no_metadata:
             values = {
                 name: text
                 for name, text in values.items()
@@ -96,28 +99,42 @@ class RunRecord:
             "ss_debiased_estimation": used.get("debiased_estimation_loss", False),
             "ss_loss_type": config.name_of("loss"),
             "ss_lr_scheduler": config.name_of("scheduler"),
-            "ss_training_comment": config.output.training_comment,
+            "ss_training_comment": config.metadata.training_comment,
             "ss_sd_scripts_commit_hash": f"sdxl-train {__version__}",
         }
 
     def _network_args(self) -> dict[str, str]:
-        """Give the arguments of ``--network_args`` that were given, as JSON of strings."""
+        """Give the arguments of the network as JSON, as sd-scripts does.
+
+        What the network says of itself, the words of ``--network_args``, and the dropout, which has
+        a flag of its own.
+        """
         given = {
-            name.removeprefix("network_args."): str(setting.value)
+            name.removeprefix("network_args."): _told(setting.value)
             for name, setting in self.config.settings.items()
             if name.startswith("network_args.")
         }
-        return {"ss_network_args": json.dumps(given)} if given else {}
+        args = json.loads(self.described.get("ss_network_args", "{}")) | given
+        if not args:
+            return {}
+        dropout = {"dropout": self.config.network.network_dropout}
+        return {"ss_network_args": json.dumps(dropout | args)}
 
     def _modelspec(self) -> dict[str, str]:
         """Give the part of the Stability model specification that is not the model's to say."""
-        name = self.config.output.output_name
+        config = self.config
+        name = config.output.output_name
         date = datetime.fromtimestamp(self.started, tz=UTC)
-        return {
+        entries = {
             "modelspec.title": name or f"LoRA@{int(self.started)}",
             "modelspec.date": date.replace(tzinfo=None).isoformat(timespec="seconds"),
             "modelspec.implementation_version": f"sdxl-train/{__version__}",
         }
+        timesteps = config.timesteps
+        if config.is_set("min_timestep") or config.is_set("max_timestep"):
+            last = self.num_timesteps if timesteps.max_timestep is None else timesteps.max_timestep
+            entries["modelspec.timestep_range"] = f"{timesteps.min_timestep},{last}"
+        return entries | config.metadata.modelspec()
 
     def write(self, path: Path, results: Mapping[str, Any]) -> None:
         """Write ``NAME.run.json``: options with origins, versions, seed and results."""
@@ -166,7 +183,7 @@ _RECORDED_OPTIONS: dict[str, object] = {
     "lowram": False,
     "noise_offset": None,
     "multires_noise_iterations": None,
-    "multires_noise_discount": None,
+    "multires_noise_discount": 0.3,
     "adaptive_noise_scale": None,
     "max_grad_norm": None,
     "caption_dropout_rate": None,
@@ -179,9 +196,9 @@ _RECORDED_OPTIONS: dict[str, object] = {
     "ip_noise_gamma": None,
     "noise_offset_random_strength": False,
     "ip_noise_gamma_random_strength": False,
-    "huber_schedule": None,
-    "huber_scale": None,
-    "huber_c": None,
+    "huber_schedule": "snr",
+    "huber_scale": 1.0,
+    "huber_c": 0.1,
     "fp8_base": False,
     "fp8_base_unet": False,
     "validation_seed": None,
@@ -197,13 +214,21 @@ _RECORDED_OPTIONS: dict[str, object] = {
 def describe_optimizer(optimizer: torch.optim.Optimizer, config: RunConfig) -> str:
     """Name an optimizer as sd-scripts does: ``module.Class(weight_decay=0.1)``."""
     given = [
-        f"{name.removeprefix('optimizer_args.')}={setting.value}"
+        f"{name.removeprefix('optimizer_args.')}={_told(setting.value)}"
         for name, setting in config.settings.items()
         if name.startswith("optimizer_args.")
     ]
     kind = type(optimizer)
     arguments = f"({','.join(given)})" if given else ""
     return f"{kind.__module__}.{kind.__qualname__}{arguments}"
+
+
+def _told(value: object) -> str:
+    """Give a value as text; of a path only its last part, for files are given to others."""
+    text = str(value)
+    path = PureWindowsPath(text)
+    is_path = isinstance(value, PurePath) or path.drive or text.startswith(("/", "~", "./", "../"))
+    return path.name if is_path else text
 
 
 def _version(package: str) -> str | None:

@@ -29,6 +29,7 @@ from sdxl_train.config import (
 )
 from sdxl_train.data.dataset_options import DatasetOptions
 from sdxl_train.errors import Problem
+from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import Setting, Words, options_of, parse_pairs, suggestion, validate
 from sdxl_train.plugins import PluginError
 
@@ -78,12 +79,19 @@ class Resolver:
         entries = [*self._single_entries(choices), *self._stacked_entries(choices)]
         built = [(entry, self._build(entry)) for entry in entries]
         training, output = self._core(TrainingOptions), self._core(OutputOptions)
-        dataset = self._core(DatasetOptions)
+        metadata, dataset = self._core(MetadataOptions), self._core(DatasetOptions)
         self._refuse_collisions(entries)
         self._refuse_leftovers(entries)
         config = None
-        if host and training and output and dataset and self._complete(built):
-            config = self._config(built, host, training, output, dataset)
+        if host and training and output and metadata and dataset and self._complete(built):
+            config = self._config(
+                built,
+                host=host,
+                training=training,
+                output=output,
+                metadata=metadata,
+                dataset=dataset,
+            )
         return Resolution(
             config=config,
             problems=self.problems,
@@ -250,10 +258,7 @@ class Resolver:
     def _config(
         self,
         built: list[tuple[Entry, Component | None]],
-        host: HostOptions,
-        training: TrainingOptions,
-        output: OutputOptions,
-        dataset: DatasetOptions,
+        **core: Any,
     ) -> RunConfig:
         chosen: dict[str, list[tuple[Entry, Component]]] = {kind.name: [] for kind in KINDS}
         for entry, component in built:
@@ -268,13 +273,10 @@ class Resolver:
         }
         self._note_idle_plugins(entries)
         return RunConfig(
-            host=host,
-            training=training,
-            output=output,
-            dataset=dataset,
             entries=entries,
             plugins=tuple(plugin.found for plugin in self.host.enabled.values()),
             settings=self.settings,
+            **core,
             **single,
             **stacked,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.errors import Problem, UserError
+from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.state import Manifest, complete_states, read_manifest
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ MAY_CHANGE = frozenset(
         "save_state_every_n_epochs",
         "save_state_every_n_steps",
         "overwrite",
-        "no_metadata",
-        "training_comment",
+        *MetadataOptions.model_fields,
         "strict_observers",
         "observer_timeout",
         "validate_every_n_steps",

@@ -352,6 +352,7 @@ class Trainer:
             session=derive_seed(time.time_ns(), "session") % 2**32,
             started=time.time(),
             optimizer=describe_optimizer(self.optimizer.optimizer, self.config),
+            num_timesteps=self.model.schedule.num_timesteps,
             described={
                 "ss_total_batch_size": str(self._batch_size()),
                 "modelspec.resolution": "{}x{}".format(*self._largest_resolution()),

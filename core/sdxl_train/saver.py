@@ -8,7 +8,14 @@ import warnings
 from typing import TYPE_CHECKING
 
 from sdxl_train.assembly import SAVED_DTYPES, saved_precision
-from sdxl_train.checkpoint import Checkpoint, file_name, prune, save_network, state_name
+from sdxl_train.checkpoint import (
+    FOLDER_FORMATS,
+    Checkpoint,
+    file_name,
+    prune,
+    save_network,
+    state_name,
+)
 from sdxl_train.disk import require_room
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
@@ -87,12 +94,16 @@ class Saver:
     def _save_network(self, point: SavePoint, step: StepResult) -> Checkpoint:
         path = self.output.output_dir / file_name(self.output, point)
         dtype = SAVED_DTYPES[saved_precision(self.prepared.config)]
+        save_as = self.output.save_model_as
         with self.evaluation.final_weights():
-            state = self.assembly.adapter.state_dict()
-            needed = sum(tensor.numel() * dtype.itemsize for tensor in state.values())
+            tensors = self.assembly.adapter.state_dict()
+            metadata = self.record.metadata(step=step.step, epoch=step.epoch)
+            if save_as in FOLDER_FORMATS:
+                tensors, told = self.assembly.model.diffusers_network(tensors)
+                metadata |= told
+            needed = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
             require_room(path.parent, needed, path.name)
-            tensors = {name: tensor.to(dtype) for name, tensor in state.items()}
-            save_network(path, tensors, self.record.metadata(step=step.step, epoch=step.epoch))
+            save_network(path, tensors, metadata, dtype=dtype, save_as=save_as)
         self.files = [*(file for file in self.files if file != path), path]
         self.network_at = step.step
         logger.info("saved %s", path)

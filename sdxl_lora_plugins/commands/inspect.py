@@ -90,7 +90,7 @@ def _block(module: StoredModule) -> str:
 
 
 def _hash_state(file: NetworkFile) -> str:
-    from sdxl_lora_plugins.files.writing import hashes_of
+    from sdxl_train import hashes_of
 
     said = file.metadata.get("sshs_model_hash")
     if said is None:

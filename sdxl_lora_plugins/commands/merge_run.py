@@ -11,9 +11,8 @@ import torch
 from sdxl_lora_plugins.files.deltas import bias_delta, delta, factors
 from sdxl_lora_plugins.files.lowrank import of_matrix, of_product
 from sdxl_lora_plugins.files.plain import PlainModule, from_svd, weight_shape
-from sdxl_lora_plugins.files.writing import DTYPES, Entry, write_tensors
 from sdxl_lora_plugins.model.headers import counted, read_header
-from sdxl_train import Problem, UserError
+from sdxl_train import TENSOR_DTYPES, Problem, TensorEntry, UserError, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,8 +126,10 @@ class CheckpointMerge:
         header = read_header(self._base.path)
         entries = {}
         for name, shape in header.shapes.items():
-            dtype = DTYPES[header.dtypes[name]]
-            entries[name] = Entry(dtype_or(dtype) if dtype.is_floating_point else dtype, shape)
+            dtype = TENSOR_DTYPES[header.dtypes[name]]
+            entries[name] = TensorEntry(
+                dtype_or(dtype) if dtype.is_floating_point else dtype, shape
+            )
         with ExitStack() as opened:
             readers = [opened.enter_context(file.weights()) for file, _ in self._pairs]
             write_tensors(path, entries, lambda name: self._merged(name, readers), header.metadata)

@@ -13,6 +13,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sdxl_lora_plugins.files import algorithms, kinds
@@ -22,7 +23,6 @@ from sdxl_lora_plugins.model.kinds import kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
-    from pathlib import Path
 
     from torch import Tensor
 
@@ -32,8 +32,11 @@ if TYPE_CHECKING:
 PICKLED: Final = frozenset({".pt", ".pth", ".ckpt", ".bin"})
 """Endings of files that torch wrote: read by its loader that builds tensors and nothing else."""
 
-_ADAPTER_METADATA: Final = "lora_adapter_metadata"
+ADAPTER_METADATA: Final = "lora_adapter_metadata"
 """Where diffusers keeps peft's configuration, as JSON."""
+
+_IN_FOLDERS: Final = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+"""What diffusers calls a network in a folder of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +122,14 @@ class NetworkFile:
 
     @classmethod
     def open(cls, path: Path) -> NetworkFile:
-        """Read what a file holds.
+        """Read what a file holds, or the file of a folder as diffusers makes it.
 
         Raises:
             BadFileError: If it cannot be read, or no network for SDXL is in it; what is wrong
                 with single layers is in :meth:`faults`.
         """
+        if path.is_dir():
+            path = _file_in(path)
         if path.suffix.lower() in PICKLED:
             from sdxl_lora_plugins.files.pickled import read_tensors
 
@@ -134,6 +139,15 @@ class NetworkFile:
             header = read_header(path)
             shapes, metadata = header.shapes, header.metadata
         return _sorted_out(path, shapes, metadata)
+
+    @classmethod
+    def of_shapes(cls, shapes: Shapes) -> NetworkFile:
+        """Sort out the tensors of a network that is no file yet, by their names in one.
+
+        Raises:
+            BadFileError: If they are no network for SDXL.
+        """
+        return _sorted_out(Path("network"), shapes, {})
 
     def faults(self) -> Iterator[Fault]:
         """Yield why this file cannot be used: broken layers, and keys that mean nothing here."""
@@ -175,6 +189,20 @@ class NetworkFile:
 
 
 _NUM_SHOWN: Final = 5
+
+
+def _file_in(folder: Path) -> Path:
+    """Find the network in a folder.
+
+    Raises:
+        BadFileError: If there is none.
+    """
+    found = next((folder / name for name in _IN_FOLDERS if (folder / name).is_file()), None)
+    if found is None:
+        raise BadFileError(
+            f"{folder.name} is a folder without {' or '.join(_IN_FOLDERS)}", "name a file"
+        )
+    return found
 
 
 def _tensors_of(module: StoredModule, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -273,7 +301,7 @@ def _refuse_other_model(
 
 
 def _metadata_faults(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
-    for name in ("ss_network_args", "ss_tag_frequency", "ss_datasets", _ADAPTER_METADATA):
+    for name in ("ss_network_args", "ss_tag_frequency", "ss_datasets", ADAPTER_METADATA):
         if name in metadata and _json(metadata[name]) is None:
             yield f"{path.name}: its metadata {name} is not JSON and is ignored"
 
@@ -289,7 +317,7 @@ class _AdapterAlphas:
     """The alphas that diffusers keeps in the metadata, by part and layer."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
-        content = _json(metadata.get(_ADAPTER_METADATA, "{}"))
+        content = _json(metadata.get(ADAPTER_METADATA, "{}"))
         self._content: dict[str, Any] = content if isinstance(content, dict) else {}
 
     @cached_property

@@ -199,6 +199,18 @@ class LoadedSdxl:
                 for path, multiplier in networks
             ]
 
+    def diffusers_network(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Name a network's tensors as diffusers does, and give peft's configuration of it.
+
+        Raises:
+            UserError: If it has other deltas than those of plain LoRA.
+        """
+        from sdxl_lora_plugins.files.plain import for_diffusers
+
+        return for_diffusers(tensors)
+
     def sampler(self) -> SdxlSampler:
         """Give what generates pictures with this model as it is at the time."""
         from sdxl_lora_plugins.model.sampling import SdxlSampler

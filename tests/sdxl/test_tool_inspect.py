@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sdxl_train.checkpoint import save_network
+from sdxl_train import TensorEntry, write_tensors
 from sdxl_train.cli import main
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def test_a_network_is_described_and_a_changed_one_betrays_itself(
         tensors[f"{name}.lora_up.weight"] = torch.randn(64, rank)
         tensors[f"{name}.lora_down.weight"] = torch.randn(rank, 64)
         tensors[f"{name}.alpha"] = torch.tensor(1.0)
-    save_network(path, tensors, {"ss_seed": "4"})
+    entries = {n: TensorEntry(t.dtype, tuple(t.shape)) for n, t in tensors.items()}
+    write_tensors(path, entries, tensors.__getitem__, {"ss_seed": "4"})
 
     assert main(["inspect", str(path), "--json"]) == 0
 

@@ -26,6 +26,7 @@ from sdxl_lora_plugins.commands.merge import Merge
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
+from sdxl_lora_plugins.observers.trackers import Trackers
 from sdxl_train import LibraryOptimizer, hookimpl
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def register_weightings() -> dict[str, type[Weighting]]:
 @hookimpl
 def register_observers() -> dict[str, type[Observer]]:
     """Give the observers."""
-    return {"progress": Progress, "samples": SampleImages}
+    return {"progress": Progress, "samples": SampleImages, "trackers": Trackers}
 
 
 @hookimpl

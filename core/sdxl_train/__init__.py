@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
+    from sdxl_train.history import History, StepNumbers
     from sdxl_train.hookspecs import hookimpl
     from sdxl_train.libraries import quiet
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
@@ -63,6 +64,8 @@ _HOMES = {
     "train": "sdxl_train.api",
     "RunConfig": "sdxl_train.config",
     "StepCounts": "sdxl_train.counts",
+    "History": "sdxl_train.history",
+    "StepNumbers": "sdxl_train.history",
     "hookimpl": "sdxl_train.hookspecs",
     "LibraryOptimizer": "sdxl_train.library_components",
     "LibraryScheduler": "sdxl_train.library_components",
@@ -100,6 +103,7 @@ __all__ = [
     "Command",
     "Component",
     "Field",
+    "History",
     "ImageRequest",
     "ImageSampler",
     "LibraryOptimizer",
@@ -127,6 +131,7 @@ __all__ = [
     "Scheduler",
     "SdxlTrainError",
     "StepCounts",
+    "StepNumbers",
     "StepPlan",
     "StepResult",
     "StepsOrShare",

@@ -235,7 +235,10 @@ class RunConfig:
         return next(entry.name for entry in self.entries if entry.kind.name == kind)
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """Give the value and origin of every option in use, as plain JSON values."""
+        """Give the value and origin of every option in use, as plain JSON values.
+
+        The value of a secret is asterisks.
+        """
         resolved: dict[str, dict[str, Any]] = {}
         groups: list[OptionModel] = [self.host, self.training, self.output]
         groups += [self.metadata, self.dataset]
@@ -251,6 +254,16 @@ class RunConfig:
                 key = f"{args}.{name}" if args else name
                 resolved[key] = {"value": value, "origin": self._origin(key)}
         return resolved
+
+    def secrets(self) -> frozenset[str]:
+        """Give the names of the options in use whose values are to be seen nowhere."""
+        groups: list[OptionModel] = [self.host, self.training, self.output, self.dataset]
+        return frozenset(
+            name
+            for model in (*groups, *self.components)
+            for name, option in options_of(type(model)).items()
+            if option.is_secret
+        )
 
     @property
     def components(self) -> tuple[Component, ...]:

@@ -7,7 +7,7 @@ be driven with a list of batches and lambdas.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,9 +51,12 @@ class StepResult:
         loss: Mean loss of its samples, fp32 scalar on the device, detached. Reading it waits.
         grad_norm: Norm of all gradients before clipping, fp32 scalar on the device.
         learning_rates: The rate of each optimizer group in this step, by name.
-        keys: Short names of the images of this step.
+        keys: Short names of the images of this step, one for each sample.
+        timesteps: int64 [samples] on the device.
+        sample_losses: fp32 [samples] on the device: the loss of each sample, before any weight.
         skipped: The gradient scaler left the weights as they were (fp16 overflow).
-        metrics: What else there is to log, by name: tensors without dimensions on the device.
+        metrics: What else there is to log, by name: tensors without dimensions, on the device or
+            the CPU.
     """
 
     step: int
@@ -62,8 +65,25 @@ class StepResult:
     grad_norm: Tensor
     learning_rates: Mapping[str, float]
     keys: tuple[str, ...]
+    timesteps: Tensor
+    sample_losses: Tensor
     skipped: bool = False
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchLoss:
+    """The loss of a batch of B samples.
+
+    Attributes:
+        mean: What is trained: scalar with its graph, weighted.
+        samples: fp32 [B], detached: each sample's own, before any weight.
+        timesteps: int64 [B].
+    """
+
+    mean: Tensor
+    samples: Tensor
+    timesteps: Tensor
 
 
 MAX_SKIPPED_IN_A_ROW = 25
@@ -115,18 +135,20 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
     """
     skipped_in_a_row = 0
     for number, group in enumerate(steps, start=start + 1):
-        losses = []
+        parts = []
         for position, batch in enumerate(group.batches):
             loss = batch_loss(batch, step, (number, position))
-            step.backward(loss / len(group.batches))
-            losses.append(loss.detach())
+            step.backward(loss.mean / len(group.batches))
+            parts.append(replace(loss, mean=loss.mean.detach()))
+        losses = [part.mean for part in parts]
         grad_norm = step.clip()
         _require_finite(losses, grad_norm, number, group.batches, step)
         rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
         step.updating = True
         step.optimizer.step()
+        estimates = _estimated_rates(step.optimizer)
         step.scheduler.step()
-        metrics = step.limit_weights()
+        metrics = {**estimates, **step.limit_weights()}
         step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
         skipped = step.was_skipped is not None and step.was_skipped()
@@ -144,13 +166,27 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
             grad_norm=grad_norm,
             learning_rates=rates,
             keys=tuple(key for batch in group.batches for key in batch.keys),
+            timesteps=torch.cat([part.timesteps for part in parts]),
+            sample_losses=torch.cat([part.samples for part in parts]),
             skipped=skipped,
             metrics=metrics,
         )
 
 
-def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> Tensor:
-    """Give the loss of one batch, a scalar with its graph.
+def _estimated_rates(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Give the rates in effect of an optimizer that finds its own, under sd-scripts' names.
+
+    D-Adaptation and Prodigy keep their estimate, which multiplies the rate, as ``d`` of a group.
+    """
+    return {
+        f"lr/d*lr/{group['name']}": torch.as_tensor(group["d"] * group["lr"])
+        for group in optimizer.param_groups
+        if "d" in group
+    }
+
+
+def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
+    """Give the loss of one batch.
 
     Args:
         batch: Must hold latents [B, C, h, w].
@@ -182,9 +218,11 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> Tensor:
         each = error.mean(dim=(1, 2, 3))  # [B]
     else:
         each = masked_mean(error, batch.masks, normalize=step.normalize_masks)  # [B]
+    samples = each.detach()
     for weight in step.weightings:
         each = each * weight(timesteps)
-    return (each * batch.loss_weights).mean()
+    mean = (each * batch.loss_weights).mean()
+    return BatchLoss(mean=mean, samples=samples, timesteps=timesteps)
 
 
 def _require_finite(

@@ -181,6 +181,11 @@ class Option:
         """Whether it may be unset."""
         return {"type": "null"} in self.schema.get("anyOf", ())
 
+    @cached_property
+    def is_secret(self) -> bool:
+        """Whether its value is to be seen nowhere: a password, a key."""
+        return any(branch.get("writeOnly") for branch in branches(self.schema))
+
     @property
     def expected(self) -> str:
         """What a value must be, in words: ``a number >= 0``."""
@@ -213,7 +218,8 @@ class Option:
         if self.is_list:
             return self._parse_list(words)
         if len(words) != 1:
-            count = f"got {len(words)} values ({' '.join(words)})" if words else "got no value"
+            shown = "" if self.is_secret else f" ({' '.join(words)})"
+            count = f"got {len(words)} values{shown}" if words else "got no value"
             raise ValueError(f"{count}, expected {self.expected}")
         return self._parse_word(words[0])
 
@@ -264,6 +270,8 @@ class Option:
         return Path(os.path.expandvars(path)).expanduser()
 
     def _complaint(self, value: object, error: ValidationError) -> str:
+        if self.is_secret:
+            return f"the value is not {self.expected}"
         for detail in error.errors():
             if detail["type"] == "value_error":
                 return str(detail["ctx"]["error"])

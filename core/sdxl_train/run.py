@@ -24,6 +24,7 @@ from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
 from sdxl_train.events import Events
+from sdxl_train.history import History
 from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.resume import model_identity
@@ -31,11 +32,12 @@ from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
+from sdxl_train.state import load_observers
 from sdxl_train.supply import Supply
 from sdxl_train.validation import (
     Validation,
     ValidationResult,
-    validation_is_due,
+    validation_due,
     validation_timesteps,
 )
 
@@ -70,6 +72,7 @@ class Run:
         counts: How long it is.
         first_step: Optimizer steps that count as done before: 0 unless it goes on from others.
         resolution: The largest (width, height) that it trains at.
+        history: The numbers of the steps so far.
         tell: Tells every observer of an event that happens in one:
             ``run.tell("images_sampled", run=run, images=...)``.
         evaluation: Gives a context in which training stands still, for who uses the model beside
@@ -85,6 +88,7 @@ class Run:
     counts: StepCounts
     first_step: int
     resolution: tuple[int, int]
+    history: History
     tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
 
@@ -169,6 +173,7 @@ class Trainer:
         output = config.output
         output.output_dir.mkdir(parents=True, exist_ok=True)
         clear_the_way(config)
+        self.history = self._build_history()
         self.run = Run(
             config=config,
             plan=plan,
@@ -179,6 +184,7 @@ class Trainer:
             counts=prepared.counts,
             first_step=prepared.start,
             resolution=self._largest_resolution(),
+            history=self.history,
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
         )
@@ -190,6 +196,7 @@ class Trainer:
             optimizer=optimizer,
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,
+            watched=lambda: {"history": self.history.state_dict()},
         )
         if prepared.resume is not None:
             self._restore(prepared.resume)
@@ -222,6 +229,7 @@ class Trainer:
         last: StepResult | None = None
         steps = train(self.supply.steps(self.result.steps), self.step, start=self.result.steps)
         while True:
+            began = time.monotonic()
             try:
                 step = next(steps, None)
             except Exception as error:
@@ -233,6 +241,7 @@ class Trainer:
             self.result.steps = last.step
             self.result.skipped_steps += last.skipped
             self.change.after(last)
+            self.history.add(last, time.monotonic() - began)
             stopped = signals.received is not None and last.step < total
             points = self.prepared.saves.due(last.step)
             if stopped or signals.take_save_request():
@@ -254,12 +263,11 @@ class Trainer:
 
     def _validate(self, step: StepResult) -> None:
         """Measure the loss on held-out images, if there are any and it is time."""
-        if self.validation is None or not validation_is_due(
-            self.config, self.prepared.counts, step.step
-        ):
+        due = validation_due(self.config, self.prepared.counts, step.step)
+        if self.validation is None or not due:
             return
         with self.run.evaluation():
-            result = self.validation.after(step)
+            result = self.validation.after(step.step, step.epoch, due)
         self.result.validations.append(result)
         self.events.tell("validation_finished", run=self.run, result=result)
 
@@ -306,6 +314,9 @@ class Trainer:
                 "resume with the base model of the state, or add --allow_base_change",
             )
         self.saver.restore(point)
+        watched = load_observers(point.folder)
+        if "history" in watched:
+            self.history.load_state_dict(watched["history"])
 
     def _build_step(self, device: torch.device) -> Step:
         config, model, adapter = self.config, self.model, self.assembly.adapter
@@ -341,6 +352,14 @@ class Trainer:
             batches=lambda: self.supply.validation(limit),
             seed=derive_seed(self.config.dataset.validation_seed or 0, "validation"),
             timesteps=validation_timesteps(self.config, self.model),
+        )
+
+    def _build_history(self) -> History:
+        datasets = self.prepared.scan.datasets
+        return History(
+            (image.key for dataset in datasets for image in dataset.images),
+            num_timesteps=self.model.schedule.num_timesteps,
+            steps_per_epoch=self.prepared.counts.steps_per_epoch,
         )
 
     def _build_record(self) -> RunRecord:

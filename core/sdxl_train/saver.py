@@ -21,7 +21,9 @@ from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
+    from typing import Any
 
     import torch
     from torch.optim.lr_scheduler import LRScheduler
@@ -40,6 +42,16 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Writes networks and states, and puts a state back.
 
+    Args:
+        prepared: The run.
+        assembly: What it trains.
+        record: Gives the metadata of networks.
+        evaluation: Gives the weights that the optimizer hands out.
+        optimizer: The optimizer.
+        scheduler: Its schedule.
+        scaler: The gradient scaler, if there is one.
+        watched: Gives what a state holds beside, of what was seen so far.
+
     Attributes:
         files: The networks that this run wrote and that are still there.
         network_at: The step of the newest network that this run saved.
@@ -56,6 +68,7 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         scheduler: LRScheduler,
         scaler: torch.amp.GradScaler | None,
+        watched: Callable[[], Mapping[str, Mapping[str, Any]]],
     ) -> None:
         self.prepared = prepared
         self.output = prepared.config.output
@@ -65,6 +78,7 @@ class Saver:
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
+        self.watched = watched
         self.files: list[Path] = []
         self.network_at: int | None = None
         self.state_at: int | None = None
@@ -161,6 +175,7 @@ class Saver:
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             scaler=self.scaler,
+            observers=self.watched(),
         )
         self.state_at = step
         logger.info("saved %s", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sdxl_train.options import Setting
     from sdxl_train.plugins import PluginHost
 
+logger = logging.getLogger(__name__)
+
 _NOT_WRITTEN = ("config_file", "output_config")
 
 
@@ -32,9 +35,13 @@ def write_settings(path: Path, settings: Mapping[str, Setting], host: PluginHost
     resolution = Resolver(settings, host, Registry(host)).resolve()
     if resolution.config is None or resolution.problems:
         raise UserError(resolution.problems)
+    secrets = resolution.config.secrets()
     document: dict[str, Any] = {}
     for name, item in resolution.config.options().items():
         if item["origin"] == "default" or name in _NOT_WRITTEN or item["value"] is None:
+            continue
+        if name in secrets:
+            logger.warning("%s is a secret, so it is not written to %s", name, path)
             continue
         table, dot, key = name.partition(".")
         if dot:

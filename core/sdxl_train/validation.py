@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.data.batches import Batch
-    from sdxl_train.loop import Step, StepResult
+    from sdxl_train.loop import Step
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class ValidationResult:
         timesteps: One timestep in each quarter of those that are trained, from low to high.
         losses: Mean over the images at each of ``timesteps``; ``loss`` is their mean.
         images: How many images that were.
+        due: What made it due: ``step``, ``epoch``, or both.
     """
 
     step: int
@@ -47,6 +48,7 @@ class ValidationResult:
     timesteps: tuple[int, ...]
     losses: tuple[float, ...]
     images: int
+    due: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Give plain JSON values; a loss that is not finite, which JSON cannot write, is None."""
@@ -57,6 +59,7 @@ class ValidationResult:
             "timesteps": list(self.timesteps),
             "losses": [_finite(loss) for loss in self.losses],
             "images": self.images,
+            "due": list(self.due),
         }
 
 
@@ -93,7 +96,7 @@ class Validation:
         images = 0
         for position, batch in enumerate(self.batches()):
             each = [
-                batch_loss(batch, step, (position, timestep)) * len(batch)
+                batch_loss(batch, step, (position, timestep)).mean * len(batch)
                 for step, timestep in zip(steps, self.timesteps, strict=True)
             ]
             sums.append(torch.stack(each))
@@ -101,18 +104,19 @@ class Validation:
         means: list[float] = (torch.stack(sums).sum(dim=0) / images).tolist()
         return tuple(means), images
 
-    def after(self, step: StepResult) -> ValidationResult:
-        """Validate the network as it is after ``step``."""
+    def after(self, step: int, epoch: int, due: tuple[str, ...]) -> ValidationResult:
+        """Validate the network as it is after ``step``, which is one of ``epoch``."""
         losses, images = self.losses()
         loss = sum(losses) / len(losses)
-        logger.info("validation after step %d: loss %.4f", step.step, loss)
+        logger.info("validation after step %d: loss %.4f", step, loss)
         return ValidationResult(
-            step=step.step,
-            epoch=step.epoch,
+            step=step,
+            epoch=epoch,
             loss=loss,
             timesteps=self.timesteps,
             losses=losses,
             images=images,
+            due=due,
         )
 
 
@@ -127,16 +131,18 @@ def validation_timesteps(config: RunConfig, model: LoadedModel) -> tuple[int, ..
     return tuple(low + span * part // (QUARTILES + 1) for part in range(1, QUARTILES + 1))
 
 
-def validation_is_due(config: RunConfig, counts: StepCounts, step: int) -> bool:
-    """Tell whether to validate after ``step``: by the step itself, or by the epoch it ends."""
+def validation_due(config: RunConfig, counts: StepCounts, step: int) -> tuple[str, ...]:
+    """Tell what asks for validation after ``step``: the ``step`` itself, the ``epoch`` it ends."""
     training = config.training
     every = training.validate_every_n_steps
-    if every and step % every == 0:
-        return True
     by_epoch = training.validate_every_n_epochs
     every_epochs = 1 if by_epoch is None else by_epoch
     epoch = counts.epoch_ended_by(step)
-    return bool(every_epochs and epoch and epoch % every_epochs == 0)
+    due = {
+        "step": bool(every and step % every == 0),
+        "epoch": bool(every_epochs and epoch and epoch % every_epochs == 0),
+    }
+    return tuple(name for name, is_due in due.items() if is_due)
 
 
 def _always(timestep: int) -> Any:

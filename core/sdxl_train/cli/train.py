@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from sdxl_train.cli.console import warn
 from sdxl_train.errors import UserError
+from sdxl_train.options import Words
 from sdxl_train.settings import config_path, is_on
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
+    from sdxl_train.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,7 @@ def run(invocation: Invocation) -> int:
     if is_on(invocation.settings.get("output_config")):
         return _write_config(invocation)
     prepared = prepare(invocation.settings, invocation.host)
+    _hide_secrets(prepared.config)
     warn([*invocation.notices, *prepared.warnings])
 
     # Only now, when the input is known to be right, is torch worth its import.
@@ -37,6 +41,18 @@ def run(invocation: Invocation) -> int:
     for path in result.files:
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return result.exit_code
+
+
+def _hide_secrets(config: RunConfig) -> None:
+    """Take secrets off the command line of this process: some trackers record it."""
+    for name in config.secrets():
+        setting = config.settings.get(name)
+        if setting is not None and isinstance(setting.value, Words):
+            for secret in setting.value.words:
+                sys.argv[1:] = [
+                    "***" if word == secret else word.replace(f"={secret}", "=***")
+                    for word in sys.argv[1:]
+                ]
 
 
 def _write_config(invocation: Invocation) -> int:

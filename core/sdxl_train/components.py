@@ -193,11 +193,14 @@ class LoadedModel(Protocol):
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encode captions. Each tensor has the batch as its first dimension."""
 
-    def image_encoder_identity(self) -> str:
-        """Give a hash of all that shapes what :meth:`encode_images` gives: weights, precision."""
+    def image_encoder_identity(self) -> Mapping[str, str]:
+        """Give all that shapes what :meth:`encode_images` gives: weights (a hash), precision.
 
-    def text_encoders_identity(self) -> str:
-        """Give a hash of all that shapes what :meth:`encode_text` gives: weights, tokens."""
+        The names are for people, who are told which of these changed: ``the VAE``.
+        """
+
+    def text_encoders_identity(self) -> Mapping[str, str]:
+        """Give all that shapes what :meth:`encode_text` gives: weights, tokens; as above."""
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict the target from noisy latents [B, C, h, w] at int64 timesteps [B]."""

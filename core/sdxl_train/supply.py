@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from sdxl_train.data.cache import LatentCache, MemoryStore, TextCache, latent_keys
 from sdxl_train.data.disk_store import (
@@ -20,9 +18,10 @@ from sdxl_train.data.disk_store import (
 )
 from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.loop import StepBatches
+from sdxl_train.progress import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -30,8 +29,12 @@ if TYPE_CHECKING:
     from sdxl_train.components import LoadedModel
     from sdxl_train.data.batches import Batch, BatchPlan
     from sdxl_train.data.cache import LatentKey, Store
+    from sdxl_train.data.entry_file import Entry
     from sdxl_train.preflight import Prepared
+
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
 
 
 class Supply:
@@ -86,42 +89,43 @@ class Supply:
             latent_entries(plan.datasets, latent_keys(plan.datasets), index, encoder)
             for plan in plans
         ]
-        if remark := index.save():
-            logger.warning("%s", remark)
-        check = not self.options.skip_cache_check
-        return [DiskStore("latents", each, check=check) for each in entries]
+        return self._disk_stores("latents", entries)
 
     def _text_stores(self) -> list[Store[str]]:
         """Give the place of each loader's encoded captions."""
         if not self.options.cache_text_encoder_outputs_to_disk:
             return [MemoryStore() for _ in self._loaders]
         precision = self.prepared.config.training.mixed_precision
-        encoders = f"{self.model.text_encoders_identity()} in {precision}"
-        check = not self.options.skip_cache_check
-        return [
-            DiskStore("captions", text_entries(loader.plan.datasets, encoders), check=check)
-            for loader in self._loaders
-        ]
+        encoders = {**self.model.text_encoders_identity(), "mixed_precision": precision}
+        entries = [text_entries(loader.plan.datasets, encoders) for loader in self._loaders]
+        return self._disk_stores("captions", entries)
+
+    def _disk_stores(self, title: str, entries: Sequence[Mapping[K, Entry]]) -> list[Store[K]]:
+        index, check = self.prepared.scan.index, not self.options.skip_cache_check
+        stores: list[Store[K]] = [DiskStore(title, each, index, check=check) for each in entries]
+        if remark := index.save():
+            logger.warning("%s", remark)
+        return stores
 
     def _cache_latents(self, loader: BatchLoader, store: Store[LatentKey]) -> None:
         loader.latents = LatentCache(loader.plan.datasets, store)
-        with _progress("caching latents") as progress:
+        with progress("caching latents", "img") as show:
             loader.latents.fill(
                 loader.pixels,
                 self._encode_images,
                 batch_size=self.options.vae_batch_size,
-                progress=progress,
+                progress=show,
                 check=partial(check_unchanged, self.prepared.scan.index),
             )
         loader.pixels.close()
 
     def _cache_text(self, loader: BatchLoader, store: Store[str]) -> None:
         loader.text = TextCache(loader.plan.datasets, store)
-        with _progress("caching text encoder outputs") as progress, self.autocast():
+        with progress("caching text encoder outputs", "caption") as show, self.autocast():
             loader.text.fill(
                 self.model.encode_text,
                 batch_size=self.options.text_encoder_batch_size,
-                progress=progress,
+                progress=show,
             )
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
@@ -201,15 +205,3 @@ class Supply:
             latents = [self.model.encode_images(part.to(self.device)) for part in parts]
         # Cached latents are contiguous: another layout would round differently in the denoiser.
         return torch.cat(latents).contiguous()
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a piece of work is that counts its done and total items."""
-    with tqdm(desc=title, unit="", disable=None) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show

@@ -27,6 +27,11 @@ def full_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def text_hash(texts: Sequence[str]) -> str:
+    """Give a hash of texts."""
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=16).hexdigest()
+
+
 def weights_hash(modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
     """Give a hash of modules as they are in memory: weights and their precision.
 

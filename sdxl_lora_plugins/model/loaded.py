@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sdxl_lora_plugins.model import configs, names, text
-from sdxl_lora_plugins.model.hashes import full_hash, short_hash, weights_hash
+from sdxl_lora_plugins.model.hashes import full_hash, short_hash, text_hash, weights_hash
 from sdxl_train import Part
 
 if TYPE_CHECKING:
@@ -135,16 +135,23 @@ class LoadedSdxl:
         assert pooled is not None
         return {"context": torch.cat(states, dim=-1), "pooled": pooled}
 
-    def image_encoder_identity(self) -> str:
+    def image_encoder_identity(self) -> dict[str, str]:
         """Hash the VAE as it is in memory, and its scaling."""
         assert self.vae is not None, "the image encoder was released"
-        return weights_hash([self.vae], [str(self.latent_scaling)])
+        return {
+            "the VAE": weights_hash([self.vae], [str(self.latent_scaling)]),
+            "the VAE's precision": str(self.vae.dtype),
+        }
 
-    def text_encoders_identity(self) -> str:
+    def text_encoders_identity(self) -> dict[str, str]:
         """Hash the text encoders as they are in memory, and how captions become tokens."""
         assert self.text_encoders, "the text encoders were released"
         tokenizers = [text.identity(tokenizer) for tokenizer in self.tokenizers]
-        return weights_hash(self.text_encoders, [*tokenizers, str(self._num_chunks)])
+        return {
+            "the text encoders": weights_hash(self.text_encoders, []),
+            "the tokenizers": text_hash(tokenizers),
+            "max_token_length": str(text.CHUNK_TOKENS * self._num_chunks),
+        }
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""

@@ -8,12 +8,15 @@ names: what changed has another path. Files of before stay, and serve again if t
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Lock
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from sdxl_train.data.captions import possible_captions
-from sdxl_train.data.entry_file import Entry, EntryError
+from sdxl_train.data.entry_file import Entry, EntryError, read_origin
 from sdxl_train.data.findings import Remarks
 from sdxl_train.errors import TrainingError, UserError
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.cache import LatentKey
+    from sdxl_train.data.entry_file import Origin
     from sdxl_train.data.records import Dataset
     from sdxl_train.data.scan_index import ScanIndex
 
@@ -41,17 +45,23 @@ class DiskStore(Generic[K]):
     Args:
         title: What is kept, for messages.
         entries: The file of each encoding.
-        check: Read every file at the start. Otherwise a damaged one shows when it is needed.
+        index: Knows which files were found sound before, and learns it of others.
+        check: Read every file at the start that was not read before. Otherwise a damaged one shows
+            when it is needed.
     """
 
-    def __init__(self, title: str, entries: Mapping[K, Entry], *, check: bool) -> None:
+    def __init__(
+        self, title: str, entries: Mapping[K, Entry], index: ScanIndex, *, check: bool
+    ) -> None:
         self.title = title
         self.entries = entries
         self.tally: Counter[str] = Counter()
+        self._index = index
+        self._check = check
         self._remarks = Remarks()
         self._files = _Folders({entry.folder for entry in entries.values()})
         with ThreadPoolExecutor(thread_name_prefix="cache") as pool:
-            sound = list(pool.map(lambda entry: self._is_sound(entry, check), entries.values()))
+            sound = list(pool.map(self._is_sound, entries.values()))
         self._held = {key for key, is_held in zip(entries, sound, strict=True) if is_held}
         for line in self._remarks.lines():
             logger.warning("%s", line)
@@ -89,9 +99,11 @@ class DiskStore(Generic[K]):
         try:
             return entry.read()
         except EntryError as error:
+            self._index.folder(entry.folder).forget(entry.name)
+            self._index.save()
+            way = "" if self._check else " without --skip_cache_check"
             raise TrainingError(
-                f"{entry.path}: {error}; start again without --skip_cache_check, and it is made "
-                "anew"
+                f"{entry.path}: {error}; start again{way}, and it is made anew"
             ) from None
 
     def report(self) -> str:
@@ -99,42 +111,67 @@ class DiskStore(Generic[K]):
         parts = [f"{count} {what}" for what, count in sorted(self.tally.items())]
         return f"{self.title} on disk: " + (", ".join(parts) or "none needed")
 
-    def _is_sound(self, entry: Entry, check: bool) -> bool:
+    def _is_sound(self, entry: Entry) -> bool:
         if self._files.has(entry):
             try:
-                if check:
-                    entry.read()
+                if self._check:
+                    self._index.folder(entry.folder).check(entry.name, entry.read)
             except EntryError as error:
                 self._remarks.add(f"a cached encoding {error}; it is made anew", entry.path)
                 self.tally["rebuilt (damaged)"] += 1
                 return False
             self.tally["reused"] += 1
             return True
-        earlier = self._files.of_slot(entry)
-        changed = entry.changed_since(earlier) if earlier else []
+        changed = entry.changed_since(self._files.before(entry))
         self.tally[f"rebuilt ({' and '.join(changed)} changed)" if changed else "built"] += 1
         return False
 
 
 class _Folders:
-    """The names of the files in cache folders, by slot, as they were at the start."""
+    """The files in cache folders, as they were at the start."""
 
     def __init__(self, folders: set[Path]) -> None:
-        self._slots: dict[tuple[Path, str], set[str]] = {}
-        for folder in folders:
-            for path in folder.iterdir() if folder.is_dir() else ():
-                slot = path.name.rpartition("-")[0] + "-"
-                self._slots.setdefault((folder, slot), set()).add(path.name)
-
-    def of_slot(self, entry: Entry) -> list[str]:
-        return sorted(self._slots.get((entry.folder, entry.slot), ()))
+        self._slots = {folder: _by_slot(folder) for folder in folders}
+        self._captions: dict[Path, dict[str, list[Origin]]] = {}
+        self._reading = Lock()
 
     def has(self, entry: Entry) -> bool:
-        return entry.name in self._slots.get((entry.folder, entry.slot), ())
+        """Tell whether the file of an entry is there."""
+        return entry.name in self._slots[entry.folder].get(entry.slot, ())
+
+    def before(self, entry: Entry) -> list[Origin]:
+        """Give what other encodings there are of the same thing; of a caption, of its image."""
+        names = self._slots[entry.folder].get(entry.slot, ())
+        if not names and entry.kind == "text" and entry.subject:
+            return self._captions_of(entry.folder).get(entry.image_digest, [])
+        origins = (read_origin(entry.folder / name) for name in names)
+        return [origin for origin in origins if origin is not None]
+
+    def _captions_of(self, folder: Path) -> dict[str, list[Origin]]:
+        """Give all encodings of captions in a folder by their images: what they had before."""
+        with self._reading:
+            if folder not in self._captions:
+                found = self._captions[folder] = {}
+                for slot, names in self._slots[folder].items():
+                    for name in names if slot.startswith("text-") else ():
+                        if origin := read_origin(folder / name):
+                            found.setdefault(origin.image, []).append(origin)
+            return self._captions[folder]
+
+
+def _by_slot(folder: Path) -> dict[str, list[str]]:
+    slots: dict[str, list[str]] = {}
+    with suppress(FileNotFoundError, NotADirectoryError):
+        for name in sorted(os.listdir(folder)):  # noqa: PTH208 - paths take ten times as long
+            slots.setdefault(name.rpartition("-")[0] + "-", []).append(name)
+    return slots
 
 
 def latent_entries(
-    datasets: Sequence[Dataset], keys: Sequence[LatentKey], index: ScanIndex, encoder: str
+    datasets: Sequence[Dataset],
+    keys: Sequence[LatentKey],
+    index: ScanIndex,
+    encoder: Mapping[str, str],
 ) -> dict[LatentKey, Entry]:
     """Give the files of latents.
 
@@ -142,7 +179,7 @@ def latent_entries(
         datasets: What the keys refer to.
         keys: Dataset, image, mirrored.
         index: Knows or learns what the images hold.
-        encoder: Identity of the image encoder.
+        encoder: Identity of the image encoder, by titles for messages.
 
     Raises:
         TrainingError: If an image cannot be read.
@@ -162,7 +199,7 @@ def latent_entries(
         fit, subset = image.fit, datasets[dataset].subset_of(image)
         mask = contents[image.mask] if image.mask else "none"
         entries[dataset, number, flipped] = Entry(
-            images=image.path.parent,
+            image=image.path,
             kind="latents",
             subject=f"{'mirrored ' if flipped else ''}{image.path.name}",
             facts={
@@ -171,18 +208,18 @@ def latent_entries(
                 "the mask": "alpha" if subset.alpha_mask else mask,
                 "the preparation": PREPARATION,
                 "the interpolation": subset.resize_interpolation or "by size",
-                "the VAE": encoder,
+                **encoder,
             },
         )
     return entries
 
 
-def text_entries(datasets: Sequence[Dataset], encoders: str) -> dict[str, Entry]:
+def text_entries(datasets: Sequence[Dataset], encoders: Mapping[str, str]) -> dict[str, Entry]:
     """Give the files of encoded captions, each beside the first image that has the caption.
 
     Args:
         datasets: Have the captions.
-        encoders: Identity of the text encoders and of how they encode.
+        encoders: Identity of the text encoders and of how they encode, by titles for messages.
     """
     entries: dict[str, Entry] = {}
     for dataset in datasets:
@@ -190,10 +227,10 @@ def text_entries(datasets: Sequence[Dataset], encoders: str) -> dict[str, Entry]
             for caption in possible_captions(image.caption, dataset.subset_of(image).captions):
                 if caption not in entries:
                     entries[caption] = Entry(
-                        images=image.path.parent,
+                        image=image.path,
                         kind="text",
                         subject=caption,
-                        facts={"the text encoders": encoders},
+                        facts=encoders,
                     )
     return entries
 

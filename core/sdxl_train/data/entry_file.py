@@ -17,7 +17,7 @@ from sdxl_train.data.listing import CACHE_FOLDER
 from sdxl_train.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -35,13 +35,13 @@ class Entry:
     """Where the encoding of one thing lies.
 
     Attributes:
-        images: The folder of the image that it belongs to.
+        image: The image that it belongs to; of captions that several have, the first.
         kind: ``latents`` or ``text``.
         subject: What is encoded, whatever becomes of it: the name of an image, or a caption.
         facts: All that shapes the encoding: title, for messages, to value.
     """
 
-    images: Path
+    image: Path
     kind: str
     subject: str
     facts: Mapping[str, str]
@@ -49,7 +49,7 @@ class Entry:
     @property
     def folder(self) -> Path:
         """The folder of the file."""
-        return self.images / CACHE_FOLDER
+        return self.image.parent / CACHE_FOLDER
 
     @cached_property
     def slot(self) -> str:
@@ -99,34 +99,60 @@ class Entry:
         own = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         metadata = {
             "slot": self.slot,
+            "image": self.image_digest,
             "facts": json.dumps(self._all_facts, sort_keys=True),
             "crc32": _checksum(own),
         }
         self.folder.mkdir(exist_ok=True)
         replace_file(self.path, save(own, metadata), durable=False)
 
-    def changed_since(self, names: list[str]) -> list[str]:
-        """Say what is other than in the most similar of some files of the same slot.
+    def changed_since(self, earlier: Iterable[Origin]) -> list[str]:
+        """Say what is other than in the most similar of some encodings of before.
 
         Returns:
-            Titles of facts; none if no file can be read.
+            Titles of facts; none if there was nothing before.
         """
-        found = []
-        for name in names:
-            try:
-                with (self.folder / name).open("rb") as file:
-                    head = file.read(8)
-                    facts = _metadata(head + file.read(_header_length(head))).get("facts")
-            except (OSError, EntryError):
-                continue
-            if isinstance(facts, dict):
-                now = self._all_facts
-                found.append([title for title in now if now[title] != facts.get(title)])
-        return min(found, key=len, default=[])
+        return min(map(self._changed, earlier), key=len, default=[])
+
+    @property
+    def image_digest(self) -> str:
+        """Stands for the name of the image."""
+        return _digest(self.image.name, 8)
+
+    def _changed(self, origin: Origin) -> list[str]:
+        now, then = self._all_facts, origin.facts
+        # Of an image, another slot than its own can only be that of another caption.
+        caption = ["the caption"] if origin.slot != self.slot else []
+        return caption + [title for title in now if now[title] != then.get(title)]
 
     @property
     def _all_facts(self) -> dict[str, str]:
         return {**self.facts, "the format": FORMAT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What the head of a file tells of where its encoding came from."""
+
+    slot: str
+    image: str
+    facts: Mapping[str, object]
+
+
+def read_origin(path: Path) -> Origin | None:
+    """Read the head of a file; None if it is not one of this program's files."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            told = _metadata(head + file.read(_header_length(head)))
+    except (OSError, EntryError):
+        return None
+    facts = told["facts"]
+    return Origin(
+        slot=str(told.get("slot")),
+        image=str(told.get("image")),
+        facts=facts if isinstance(facts, dict) else {},
+    )
 
 
 def is_finite(tensors: Mapping[str, Tensor]) -> bool:

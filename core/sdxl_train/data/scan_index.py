@@ -25,9 +25,11 @@ from sdxl_train.data.images import ImageError, ImageHeader, load_image, read_hea
 from sdxl_train.files import replace_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pydantic import TypeAdapter
 
-_FORMAT = 4
+_FORMAT = 5
 """Another one when a reader of files gives something else than before."""
 _TICK_NS = 50_000_000
 """Longest step of the clock of a file system that tells parts of a second."""
@@ -47,14 +49,14 @@ class FileFacts:
         header: The head of an image.
         caption: The content of a caption file.
         content: Hash of all its bytes.
-        decodes: Whether it was decoded as an image without a fault.
+        sound: Whether all of it was read without a fault, as what it should be.
     """
 
     stamp: Stamp
     header: ImageHeader | None = None
     caption: CaptionFile | None = None
     content: str | None = None
-    decodes: bool = False
+    sound: bool = False
 
 
 class FolderIndex:
@@ -90,9 +92,31 @@ class FolderIndex:
             ImageError: If it cannot be decoded.
         """
         facts = self._image_facts(name)
-        if not facts.decodes:
+        if not facts.sound:
             load_image(self._file(name))
-            facts.decodes = self.changed = True
+            facts.sound = self.changed = True
+
+    def check(self, name: str, read: Callable[[], object]) -> None:
+        """Read a file that was never found sound before.
+
+        Args:
+            name: The file.
+            read: Reads it, and raises an exception if it is not sound.
+
+        A file that is not there, or no file, is read as well, and found so.
+        """
+        try:
+            facts = self.facts(name)
+        except OSError:
+            read()
+            return
+        if not facts.sound:
+            read()
+            facts.sound = self.changed = True
+
+    def forget(self, name: str) -> None:
+        """Believe nothing of a file any more, which turned out not to be sound."""
+        self.changed = self._used.pop(name, None) is not None or self.changed
 
     def caption(self, name: str) -> CaptionFile:
         """Give the content of a caption file, as :func:`read_caption`.
@@ -125,7 +149,7 @@ class FolderIndex:
             facts = self.facts(name)
         except OSError:
             return None
-        return facts.header if facts.decodes or not decoded else None
+        return facts.header if facts.sound or not decoded else None
 
     def recall_caption(self, name: str) -> CaptionFile | None:
         """Give what :meth:`caption` would, if the file need not be opened for it."""
@@ -293,7 +317,7 @@ class _Columns:
     odd_captions: dict[int, CaptionFile]
     """Captions that are more than their lines, by index."""
     contents: list[str | None]
-    decodes: list[bool]
+    sound: list[bool]
 
 
 @cache
@@ -321,7 +345,7 @@ def _packed(facts: dict[str, FileFacts]) -> bytes:
             if caption is not None and caption != CaptionFile(lines=caption.lines)
         },
         contents=[fact.content for fact in every],
-        decodes=[fact.decodes for fact in every],
+        sound=[fact.sound for fact in every],
     )
     return _columns().dump_json(columns)
 
@@ -343,7 +367,7 @@ def _unpacked(data: bytes) -> dict[str, FileFacts]:
         columns.headers,
         columns.captions,
         columns.contents,
-        columns.decodes,
+        columns.sound,
         strict=True,
     )
     facts = {
@@ -352,9 +376,9 @@ def _unpacked(data: bytes) -> dict[str, FileFacts]:
             None if header is None else kinds[header],
             None if lines is None else CaptionFile(lines=lines),
             content,
-            decodes,
+            sound,
         )
-        for name, stamp, header, lines, content, decodes in rows
+        for name, stamp, header, lines, content, sound in rows
     }
     for number, caption in odd.items():
         facts[columns.names[number]].caption = caption

@@ -83,7 +83,7 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
         lambda data: data.replace(b'"format":', b'"format":9'),
         lambda data: data.replace(b'"headers":[0]', b'"headers":[7]'),
         lambda data: data.replace(b'"headers":[0]', b'"headers":[]'),
-        lambda data: data.replace(b'"decodes":[false]', b'"decodes":["?"]'),
+        lambda data: data.replace(b'"sound":[false]', b'"sound":["?"]'),
         lambda data: data.replace(b'"odd_captions":{', b'"odd_captions":{"3":{"lines":[]}'),
     ],
     ids=["empty", "cut", "later version", "no such kind", "short", "wrong type", "no such caption"],

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import struct
+import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sdxl_train.data.disk_store import (
 )
 from sdxl_train.data.listing import CACHE_FOLDER
 from sdxl_train.data.loader import PixelLoader
+from sdxl_train.data.scan_index import ScanIndex
 from sdxl_train.errors import TrainingError, UserError
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def look(folder: Path, make_scan: MakeScan) -> Callable[..., Scan]:
 
 def open_store(found: Scan, *, vae: str = "vae", check: bool = True) -> DiskStore[LatentKey]:
     keys = latent_keys(found.datasets)
-    return DiskStore("latents", latent_entries(found.datasets, keys, found.index, vae), check=check)
+    entries = latent_entries(found.datasets, keys, found.index, {"the VAE": vae})
+    return DiskStore("latents", entries, found.index, check=check)
 
 
 def fill(
@@ -228,6 +231,39 @@ def test_a_bad_entry_is_made_anew_with_one_warning(
     assert torch.equal(again.get((0, 0, False))["latents"], whole)
 
 
+def test_what_was_found_sound_is_not_read_again_until_it_is_touched(
+    look: Callable[..., Scan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(look(), open_store(look()))
+    time.sleep(0.06)  # what was written just now is not remembered
+    entries = open_store(look()).entries
+
+    def start() -> str:
+        index = ScanIndex(tmp_path / "home")
+        store = DiskStore("latents", entries, index, check=True)
+        index.save()
+        return store.report()
+
+    assert start() == "latents on disk: 3 reused"
+    with monkeypatch.context() as patch:
+        patch.setattr(entry_file.Entry, "read", lambda _: pytest.fail("was read again"))
+        assert start() == "latents on disk: 3 reused"
+    flip_last_bit(entries[0, 0, False].path)
+    assert start() == "latents on disk: 1 rebuilt (damaged), 2 reused"
+
+
+def test_an_entry_that_is_damaged_later_stops_the_run_and_is_made_anew_by_the_next(
+    look: Callable[..., Scan],
+) -> None:
+    found = look()
+    fill(found, open_store(found))
+    store = open_store(found)
+    flip_last_bit(store.entries[0, 0, False].path)
+    with pytest.raises(TrainingError, match="checksum is wrong; start again, and it is made anew"):
+        store.get((0, 0, False))
+    assert open_store(found).report() == "latents on disk: 1 rebuilt (damaged), 2 reused"
+
+
 def test_an_unchecked_bad_entry_stops_the_run_when_it_is_needed(
     look: Callable[..., Scan],
 ) -> None:
@@ -304,7 +340,8 @@ def test_two_runs_that_cache_one_folder_at_once_both_find_whole_entries(
 
 
 def text_store(found: Scan, encoders: str = "encoders") -> DiskStore[str]:
-    return DiskStore("captions", text_entries(found.datasets, encoders), check=True)
+    entries = text_entries(found.datasets, {"the text encoders": encoders})
+    return DiskStore("captions", entries, found.index, check=True)
 
 
 def test_captions_are_kept_by_their_words_and_by_what_encodes_them(
@@ -319,9 +356,20 @@ def test_captions_are_kept_by_their_words_and_by_what_encodes_them(
 
     (folder / "1.txt").write_text("another number")
     again = look(caption_dropout_rate=0.5)
-    assert text_store(again).report() == "captions on disk: 1 built, 3 reused"
+    assert text_store(again).report() == (
+        "captions on disk: 1 rebuilt (the caption changed), 3 reused"
+    )
     other = text_store(found, "others")
     assert other.report() == "captions on disk: 4 rebuilt (the text encoders changed)"
+
+
+def test_a_caption_of_its_own_is_not_taken_for_a_changed_one(look: Callable[..., Scan]) -> None:
+    plain = look()
+    TextCache(plain.datasets, text_store(plain)).fill(encode_text, batch_size=9, progress=ignore)
+    dropping = look(caption_dropout_rate=0.5)  # wants the empty caption as well
+    assert text_store(dropping).report() == "captions on disk: 1 built, 3 reused"
+    prefixed = look(caption_prefix="a photo of")
+    assert text_store(prefixed).report() == "captions on disk: 3 rebuilt (the caption changed)"
 
 
 def test_bfloat16_and_other_bytes_survive(look: Callable[..., Scan]) -> None:

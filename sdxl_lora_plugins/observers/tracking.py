@@ -91,8 +91,8 @@ class Tracking:
         """Log what is left, and end the trackers."""
         self.run.history.read()
         self._log_steps()
-        for sink in self.sinks:
-            sink.finish()
+        while self.sinks:
+            self.sinks.pop().finish()
 
     def _log_steps(self) -> None:
         for numbers in self.run.history.since(self._logged):

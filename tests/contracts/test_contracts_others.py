@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.observers.progress import Progress
+from sdxl_lora_plugins.observers.trackers import Trackers
 from sdxl_train.testing import CommandContract, ModelContract, ObserverContract
 
 
@@ -28,6 +30,14 @@ class TestSdxlOfVelocity(ModelContract):
 
 class TestProgress(ObserverContract):
     component = Progress
+
+
+class TestTrackers(ObserverContract):
+    component = Trackers
+
+    @pytest.fixture(autouse=True)
+    def logs(self, tmp_path: Path) -> None:
+        self.options = {"logging_dir": tmp_path, "log_config": True}
 
 
 def write_lora(path: Path) -> None:

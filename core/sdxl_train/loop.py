@@ -103,6 +103,8 @@ class Step:
     prepare_step: Callable[[Tensor], None]
     predict: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     target: Callable[[Tensor, Tensor, Tensor], Tensor]
+    without_network: Callable[[], AbstractContextManager[Any]] = nullcontext
+    """Inside, the model predicts as it would without the network."""
     loss: LossFunction
     weightings: Sequence[WeightFunction] = ()
     streams: Streams
@@ -212,6 +214,10 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     with step.autocast():
         prediction = step.predict(noisy, timesteps, step.condition(batch))
     target = step.target(latents, noise, timesteps)
+    if batch.preserved is not None:
+        with torch.no_grad(), step.without_network(), step.autocast():
+            bare = step.predict(noisy, timesteps, step.condition(batch))
+        target = torch.where(batch.preserved[:, None, None, None], bare.float(), target.float())
 
     error = step.loss(prediction.float(), target.float(), timesteps)  # [B, C, h, w]
     if batch.masks is None:

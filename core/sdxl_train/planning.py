@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
 from sdxl_train.checkpoint import FOLDER_FORMATS, kept
+from sdxl_train.data.report import dataset_report
 from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
 
@@ -70,7 +71,7 @@ def make_plan(prepared: Prepared) -> Plan:
             for plugin in config.plugins
         ],
         options=config.options(),
-        dataset=prepared.scan.summary(),
+        dataset=dataset_report(prepared.scan),
         steps={
             "batches_per_epoch": counts.batches_per_epoch,
             "epochs": counts.epochs,

@@ -41,6 +41,14 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound=OptionModel)
 
+REFUSED = {
+    "dataset_class": (
+        "is not taken: a class in place of all that reads, checks and caches the data",
+        "describe the data with --dataset_config, --train_data_dir or --in_json",
+    ),
+}
+"""Options of sd-scripts that are refused, with the reason and what to do instead."""
+
 
 @dataclass(kw_only=True)
 class Resolution:
@@ -226,6 +234,8 @@ class Resolver:
             self.problems.append(Problem(place=setting.place, message=message, remedy=remedy))
 
     def _explain_leftover(self, name: str, entries: Sequence[Entry]) -> tuple[str, str]:
+        if name in REFUSED:
+            return REFUSED[name]
         for entry in entries:
             if name in entry.args:
                 return (

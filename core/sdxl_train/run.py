@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ from sdxl_train.validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -330,6 +331,7 @@ class Trainer:
             prepare_step=adapter.prepare_step,
             predict=model.predict,
             target=model.target,
+            without_network=self._without_network,
             loss=config.loss.build(schedule),
             weightings=[weighting.build(schedule) for weighting in config.weightings],
             streams=Streams(self.prepared.seed, device),
@@ -411,6 +413,15 @@ class Trainer:
             "crop_top_left": batch.crop_top_left,
             "target_size": batch.target_size,
         }
+
+    @contextmanager
+    def _without_network(self) -> Iterator[None]:
+        adapter = self.assembly.adapter
+        multiplier, adapter.multiplier = adapter.multiplier, 0.0
+        try:
+            yield
+        finally:
+            adapter.multiplier = multiplier
 
     def _was_skipped(self) -> bool:
         skipped = bool(self.optimizer.step_was_skipped)

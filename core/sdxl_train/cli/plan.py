@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxl_train.cli.console import warn
 from sdxl_train.cli.invocation import CoreCommand
+from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from sdxl_train.cli.invocation import Invocation
     from sdxl_train.planning import Plan
 
@@ -59,6 +62,7 @@ def print_plan(plan: Plan) -> None:
     dataset, steps = plan.dataset, plan.steps
     rows = [
         ("images", _images(dataset)),
+        *_datasets(dataset["datasets"]),
         ("buckets", ", ".join(_bucket(bucket) for bucket in dataset["buckets"])),
         (
             "steps",
@@ -99,13 +103,48 @@ def _images(dataset: object) -> str:
         text += f", {dataset['regularization']} for regularization"
     if dataset["validation"]:
         text += f", {dataset['validation']} held out for validation"
-    return f"{text}; {dataset['with_caption']} with a caption"
+    text += f"; {dataset['with_caption']} with a caption"
+    return text + (f", {dataset['masks']} with a mask" if dataset["masks"] else "")
 
 
-def _bucket(bucket: dict[str, object]) -> str:
-    resolution = bucket["resolution"]
-    assert isinstance(resolution, (list, tuple))
-    return f"{resolution[0]}x{resolution[1]}: {bucket['images']}"
+def _datasets(datasets: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """Tell of each dataset and subset what it has, and the values that somebody set."""
+    for number, dataset in enumerate(datasets, start=1):
+        yield f"dataset {number}", _set_values(dataset["options"]) or "all values are defaults"
+        for subset in dataset["subsets"]:
+            own = {
+                name: option
+                for name, option in subset["options"].items()
+                if name not in ("image_dir", "metadata_file")
+            }
+            has = _count(subset["images"], "image")
+            has += f", {subset['with_caption']} with a caption"
+            has += f", {subset['masks']} with a mask" if subset["masks"] else ""
+            values = _set_values(own)
+            yield "", f"{subset['source']}: {has}" + (f"; {values}" if values else "")
+
+
+def _set_values(options: Mapping[str, Mapping[str, Any]]) -> str:
+    return ", ".join(
+        # After the file and line, an origin names the key, which stands before it here.
+        f"{name} {_value(option['value'])} ({option['origin'].partition(': ')[0]})"
+        for name, option in options.items()
+        if option["origin"] != DEFAULT
+    )
+
+
+def _value(value: object) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _bucket(bucket: dict[str, Any]) -> str:
+    width, height = bucket["resolution"]
+    text = f"{width}x{height}: {bucket['images']}"
+    shares = {"cut off": bucket["crop_share"], "enlarged": bucket["upscale_share"]}
+    told = [f"{share:.0%} {what}" for what, share in shares.items() if share >= 0.005]
+    return f"{text} ({', '.join(told)})" if told else text
 
 
 def _after_steps(steps: list[int]) -> str:

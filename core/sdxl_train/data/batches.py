@@ -78,6 +78,8 @@ class Batch:
         masks: fp32 [B, 1, H, W] in [0, 1], the weights of pixels, or smaller, of the latents; None
             if no image of the batch has a mask.
         keys: Short names of the images, for messages.
+        preserved: bool [B], whose target is what the model predicts without the network; None if
+            nobody's is.
     """
 
     pixels: Tensor | None
@@ -90,6 +92,7 @@ class Batch:
     loss_weights: Tensor
     keys: list[str]
     masks: Tensor | None = None
+    preserved: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.keys)

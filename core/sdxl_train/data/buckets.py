@@ -47,6 +47,12 @@ class Fit:
     crop: tuple[int, int]
     aspect_error: float
 
+    @property
+    def crop_share(self) -> float:
+        """Share of the resized image's area that is cut off."""
+        width, height = self.resized
+        return 1 - self.bucket[0] * self.bucket[1] / (width * height)
+
     def crop_left(self, *, flipped: bool) -> int:
         """Give the left edge of the crop, in the mirrored image if ``flipped``."""
         left = self.crop[0]

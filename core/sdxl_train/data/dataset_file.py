@@ -6,11 +6,10 @@ dataset, general, then the command line (:mod:`.dataset_config`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from sdxl_train.data.dataset_options import (
     Count,
@@ -23,13 +22,32 @@ from sdxl_train.data.dataset_options import (
     Separator,
     Share,
 )
+from sdxl_train.data.json_files import parse_json
 from sdxl_train.errors import Problem, UserError
-from sdxl_train.toml_files import KeyPath, read_toml
+from sdxl_train.toml_files import KeyPath, read_text, read_toml
 from sdxl_train.wording import describe, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
+
+
+def _only_one(value: float) -> float:
+    if value != 1:
+        raise ValueError(
+            f"is {value:g}, and only 1 can be trained: sd-scripts keeps the value and never uses it"
+        )
+    return value
+
+
+class CustomAttributes(BaseModel):
+    """Marks of a subset's samples that the training knows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    diff_output_preservation: bool = Field(
+        False, description="Train these samples to what the model gives without the network."
+    )
 
 
 class SubsetDefaults(BaseModel):
@@ -57,12 +75,23 @@ class SubsetDefaults(BaseModel):
     face_crop_aug_range: Range | None = None
     resize_interpolation: Interpolation | None = None
     alpha_mask: bool | None = None
+    cache_info: bool | None = None
+    custom_attributes: CustomAttributes | None = Field(
+        None, description="Marks that the training knows."
+    )
 
 
 class SubsetTable(SubsetDefaults):
-    """One folder of images: ``[[datasets.subsets]]``."""
+    """One folder, or metadata file, of images: ``[[datasets.subsets]]``."""
 
-    image_dir: str = Field(min_length=1, description="Folder of images.")
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["image_dir"]}, {"required": ["metadata_file"]}]}
+    )
+
+    image_dir: str | None = Field(None, min_length=1, description="Folder of images.")
+    metadata_file: str | None = Field(
+        None, min_length=1, description="JSON or JSONL file with captions and tags of images."
+    )
     is_reg: bool | None = Field(None, description="Whether these are regularization images.")
     conditioning_data_dir: str | None = Field(None, min_length=1)
 
@@ -77,6 +106,9 @@ class DatasetDefaults(SubsetDefaults):
     max_bucket_reso: Positive | None = None
     bucket_reso_steps: Positive | None = None
     bucket_no_upscale: bool | None = None
+    network_multiplier: Annotated[float, AfterValidator(_only_one)] | None = Field(
+        None, description="For sd-scripts' users; only 1 is taken."
+    )
     validation_split: Share | None = None
     validation_seed: Count | None = None
 
@@ -129,41 +161,41 @@ def read_dataset_file(path: Path) -> tuple[DatasetFile, KeyPlaces]:
     Raises:
         UserError: With every mistake in it.
     """
-    document, lines = _read_json(path) if path.suffix.lower() == ".json" else read_toml(path)
+    document, lines = (
+        (parse_json(read_text(path), path), {})
+        if path.suffix.lower() == ".json"
+        else read_toml(path)
+    )
     places = KeyPlaces(path, lines)
+    problems: list[Problem] = []
     try:
-        return DatasetFile.model_validate(document), places
+        file = DatasetFile.model_validate(document)
     except ValidationError as error:
-        raise UserError(
+        problems += [
             _problem(detail["loc"], detail["type"], detail.get("input"), detail, places)
             for detail in error.errors()
-        ) from None
+        ]
+    problems += _sourceless(document, places)
+    if problems:
+        raise UserError(problems)
+    return file, places
 
 
-def _read_json(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates), {}
-    except OSError as error:
-        raise UserError.of(str(path), f"cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}:{error.colno}"
-        raise UserError.of(place, error.msg, "correct this line") from None
-    except UnicodeDecodeError as error:
-        raise UserError.of(str(path), f"is not UTF-8 ({error})", "save it as UTF-8") from None
-    except _DuplicateKeyError as error:
-        raise UserError.of(str(path), f"key {error} occurs twice", "remove one") from None
+def _sourceless(document: object, places: KeyPlaces) -> Iterator[Problem]:
+    """Yield the subsets that name no images, even where other mistakes hide them from the model."""
+    for number, dataset in enumerate(_tables(document, "datasets")):
+        for index, subset in enumerate(_tables(dataset, "subsets")):
+            if isinstance(subset, dict) and not {"image_dir", "metadata_file"} & subset.keys():
+                yield Problem(
+                    place=places.of(("datasets", number, "subsets", index, "image_dir")),
+                    message="is required",
+                    remedy="set image_dir, or metadata_file",
+                )
 
 
-class _DuplicateKeyError(Exception):
-    pass
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
-    return table
+def _tables(document: object, key: str) -> list[object]:
+    found = document.get(key) if isinstance(document, dict) else None
+    return found if isinstance(found, list) else []
 
 
 def _problem(
@@ -208,6 +240,8 @@ def _unknown_key(loc: tuple[int | str, ...]) -> tuple[str, str]:
 
 
 def _table_of(loc: tuple[int | str, ...]) -> type[BaseModel]:
+    if "custom_attributes" in loc[:-1]:
+        return CustomAttributes
     if "subsets" in loc[:-1]:
         return SubsetTable
     if "general" in loc[:-1]:

@@ -105,6 +105,11 @@ class DatasetOptions(OptionModel):
         description="TOML or JSON file of datasets and subsets, instead of train_data_dir. "
         "Relative folders in it are looked for from the current folder, then from the file's.",
     )
+    in_json: Path | None = Field(
+        None,
+        description="Metadata file (.json or .jsonl) with the captions and tags of the images in "
+        "train_data_dir, instead of N_name folders.",
+    )
     resolution: Resolution | None = Field(
         None, description="Training size in pixels: one side, or width,height (1024 or 1024,768)."
     )
@@ -195,6 +200,9 @@ class DatasetOptions(OptionModel):
     )
     dataset_repeats: Count = Field(
         1, description="Repeats an epoch of images whose folder or subset does not say its own."
+    )
+    cache_info: bool = Field(
+        False, description="For sd-scripts' users; sizes and captions are always kept."
     )
     validation_split: Share = Field(
         0.0,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sdxl_train.data.buckets import BucketOptions
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
     from sdxl_train.data.dataset_options import DatasetOptions
+    from sdxl_train.data.layers import Layer
 
 
 def subset_problems(
@@ -31,7 +32,7 @@ def subset_problems(
     if subset.mask_dir is not None and subset.alpha_mask:
         yield Problem(
             place=subset.origins["alpha_mask"],
-            message=f"the masks of {subset.image_dir} would be its alpha channels, and those in "
+            message=f"the masks of {subset.source} would be its alpha channels, and those in "
             f"{subset.mask_dir} ({subset.origins['conditioning_data_dir']})",
             remedy="leave out one of the two",
         )
@@ -110,6 +111,40 @@ def mask_problems(
             )
 
 
+def style_problems(subsets: Sequence[SubsetConfig], place: str) -> Iterator[Problem]:
+    """Yield that a dataset has images from folders beside those from metadata files."""
+    with_file = [subset for subset in subsets if subset.metadata_file]
+    if with_file and len(with_file) < len(subsets):
+        yield Problem(
+            place=place,
+            message=f"some subsets have a metadata_file ({with_file[0].place}), others have none",
+            remedy="put them into [[datasets]] of their own",
+        )
+
+
+def metadata_problems(layer: Layer) -> Iterator[Problem]:
+    """Yield keys of a subset's own that act on folders of images with caption files."""
+    for name in ("caption_extension", "class_tokens", "cache_info", "is_reg"):
+        if getattr(layer.table, name) is not None:
+            yield Problem(
+                place=layer.place(name),
+                message="does not go with metadata_file, which names images and captions itself",
+                remedy="leave out one of the two",
+            )
+
+
+def idle_remarks(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
+    """Yield what options do here that do something else in sd-scripts."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    places = [s.origins["cache_info"] for s in subsets if s.values["cache_info"]]
+    for place in dict.fromkeys(places):
+        yield (
+            f"{place}: sizes and captions are kept for the next start in any case, in the user's "
+            "cache folder, and read again where a file has changed; nothing is written beside the "
+            "images"
+        )
+
+
 def _frozen(
     subset: SubsetConfig, names: Sequence[str], cache: str, keeps: str
 ) -> Iterator[Problem]:
@@ -117,6 +152,6 @@ def _frozen(
     for name in names:
         yield Problem(
             place=subset.origins[name],
-            message=f"{name} of {subset.image_dir} would be frozen by {cache}",
+            message=f"{name} of {subset.source} would be frozen by {cache}",
             remedy=f"leave out {name} or {cache.lstrip('-')}{keeps}",
         )

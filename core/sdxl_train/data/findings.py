@@ -23,20 +23,22 @@ class Remarks:
     """Remarks on files, told once each with a count and the first few files."""
 
     def __init__(self) -> None:
-        self._paths: dict[str, list[Path]] = {}
+        self._files: dict[str, dict[str, None]] = {}
 
-    def add(self, remark: str, path: Path) -> None:
-        """Make a remark on a file."""
-        self._paths.setdefault(remark, []).append(path)
+    def add(self, remark: str, path: Path, detail: str = "") -> None:
+        """Make a remark on a file, with what is its own in it."""
+        named = f"{path} ({detail})" if detail else str(path)
+        self._files.setdefault(remark, {})[named] = None
 
     def lines(self) -> list[str]:
         """Give one line for each remark."""
         lines = []
-        for remark, paths in self._paths.items():
-            shown = ", ".join(str(path) for path in paths[:5])
-            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-            files = "1 file" if len(paths) == 1 else f"{len(paths)} files"
-            lines.append(f"{files}: {remark}: {shown}{more}")
+        for remark, files in self._files.items():
+            named = list(files)
+            shown = ", ".join(named[:5])
+            more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+            count = "1 file" if len(named) == 1 else f"{len(named)} files"
+            lines.append(f"{count}: {remark}: {shown}{more}")
         return lines
 
 
@@ -58,11 +60,11 @@ class Findings:
         """Note something that stops the run."""
         self.problems.append(Problem(place=place, message=message, remedy=remedy))
 
-    def bad_image(self, path: Path, message: str) -> None:
-        """Note a file that cannot be used as an image."""
+    def bad_image(self, path: Path, message: str, *, place: str | None = None) -> None:
+        """Note a file that cannot be used as an image, and where it is named if not by itself."""
         if self.skip_bad:
             self.skipped.append(Skipped(path=path, reason=message))
             self.remarks.add("left out, it cannot be used (--on_bad_image skip)", path)
             return
         remedy = "replace or remove the file, or leave such files out with --on_bad_image skip"
-        self.problem(str(path), message, remedy)
+        self.problem(place or str(path), message if place is None else f"{path}: {message}", remedy)

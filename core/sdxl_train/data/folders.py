@@ -75,12 +75,19 @@ def folder_problem(path: Path, place: str) -> Problem | None:
     return Problem(place=place, message=message, remedy=remedy)
 
 
-def file_problem(path: Path, place: str) -> Problem | None:
-    """Say what is wrong with a path that should be a dataset file."""
+DATASET_FILE = (".toml", ".json")
+"""Endings of a dataset file."""
+METADATA_FILE = (".json", ".jsonl")
+"""Endings of a metadata file."""
+
+
+def file_problem(path: Path, place: str, endings: tuple[str, ...]) -> Problem | None:
+    """Say what is wrong with a path that should be a file of one of these endings."""
     if path.is_file():
-        if path.suffix.lower() in (".toml", ".json"):
+        if path.suffix.lower() in endings:
             return None
-        message, remedy = f"{path} is neither .toml nor .json", "name a dataset file"
+        message = f"{path} is neither {' nor '.join(endings)}"
+        remedy = "name a file of one of these kinds"
     elif path.exists():
         message, remedy = f"{path} is a folder, not a file", "use --train_data_dir for a folder"
     else:

@@ -150,6 +150,7 @@ class BatchLoader:
             (fit.crop[1], fit.crop_left(flipped=sample.flipped))
             for fit, sample in zip(fits, spec.samples, strict=True)
         ]
+        preserved = [dataset.subset_of(image).preserves_output for image in images]
         weights = [self.prior_loss_weight if image.is_reg else 1.0 for image in images]
         return Batch(
             pixels=pixels,
@@ -162,6 +163,7 @@ class BatchLoader:
             loss_weights=torch.tensor(weights, dtype=torch.float32),
             keys=[image.key for image in images],
             masks=masks,
+            preserved=torch.tensor(preserved) if any(preserved) else None,
         )
 
 

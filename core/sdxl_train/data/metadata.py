@@ -77,7 +77,7 @@ def _single(dataset: Dataset) -> dict[str, Any]:
 def _dataset(dataset: Dataset) -> dict[str, Any]:
     config = dataset.config
     return {
-        "is_dreambooth": True,
+        "is_dreambooth": not any(subset.metadata_file for subset in config.subsets),
         "batch_size_per_device": config.batch_size,
         "num_train_images": _samples([dataset], is_reg=False),
         "num_reg_images": _samples([dataset], is_reg=True),
@@ -111,10 +111,13 @@ def _subset(subset: SubsetConfig, images: Sequence[ImageRecord]) -> dict[str, An
         "caption_prefix": captions.caption_prefix or None,
         "caption_suffix": captions.caption_suffix or None,
         "resize_interpolation": subset.resize_interpolation,
-        "image_dir": subset.image_dir.name,
+        **({"image_dir": subset.image_dir.name} if subset.image_dir else {}),
         **{name: getattr(captions, name) for name in _DROPOUT},
-        "class_tokens": subset.class_tokens,
-        "is_reg": subset.is_reg,
+        **(
+            {"metadata_file": subset.metadata_file.name}
+            if subset.metadata_file
+            else {"class_tokens": subset.class_tokens, "is_reg": subset.is_reg}
+        ),
     }
 
 
@@ -143,7 +146,7 @@ def _tag_frequencies(datasets: Iterable[Dataset]) -> dict[str, dict[str, int]]:
     frequencies: dict[str, Counter[str]] = {}
     for dataset in datasets:
         for image in dataset.images:
-            folder = frequencies.setdefault(dataset.subset_of(image).image_dir.name, Counter())
+            folder = frequencies.setdefault(dataset.subset_of(image).source.name, Counter())
             folder.update(split_tags(image.caption.lower().replace("\n", ",")))
     return {name: dict(counter) for name, counter in frequencies.items()}
 
@@ -155,9 +158,9 @@ def _folders(datasets: Iterable[Dataset], roles: tuple[bool, ...]) -> dict[str, 
         for index, subset in enumerate(dataset.config.subsets):
             if subset.is_reg not in roles:
                 continue
-            name, number = subset.image_dir.name, 2
+            name, number = subset.source.name, 2
             while name in folders:
-                name, number = f"{subset.image_dir.name} ({number})", number + 1
+                name, number = f"{subset.source.name} ({number})", number + 1
             folders[name] = {
                 "n_repeats": subset.num_repeats,
                 "img_count": len(_images_of(dataset, index)),

@@ -43,6 +43,21 @@ class ImageRecord:
         """A short name for messages: folder and file."""
         return f"{self.path.parent.name}/{self.path.name}"
 
+    @property
+    def scale(self) -> float:
+        """Factor by which its sides are resized."""
+        return self.fit.resized[0] / self.size[0]
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether it is enlarged to more than twice its size."""
+        return self.scale > 2
+
+    @property
+    def is_extreme(self) -> bool:
+        """Whether it is long and narrow, or more than a third of it is cut off."""
+        return max(self.size) > 4 * min(self.size) or self.fit.crop_share > 1 / 3
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:

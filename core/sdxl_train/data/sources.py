@@ -6,14 +6,14 @@ skipped, or a problem.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sdxl_train.data.buckets import bucket_warnings, check_buckets, fitter
 from sdxl_train.data.dataset_options import DEFAULT
+from sdxl_train.data.duplicates import find_duplicates
 from sdxl_train.data.findings import Findings
 from sdxl_train.data.reading import Reader
 from sdxl_train.data.records import Dataset
@@ -41,31 +41,9 @@ class Scan:
     skipped: tuple[Skipped, ...]
     warnings: tuple[str, ...]
     problems: tuple[Problem, ...]
+    duplicates: tuple[tuple[Path, ...], ...]
+    """Files with the same content, in groups."""
     index: ScanIndex
-
-    def summary(self) -> dict[str, Any]:
-        """Describe the scan for ``plan``, in plain JSON values.
-
-        ``images`` are different training images, ``repeats`` the samples of an epoch that they
-        make, ``regularization`` the different regularization images in use, ``with_caption`` how
-        many of all these have a caption file. ``buckets`` count different images of both sorts.
-        ``validation`` counts the images that are held out of all this.
-        """
-        every = [image for dataset in self.datasets for image in dataset.images]
-        training = [image for image in every if not image.is_reg]
-        buckets = Counter(image.fit.bucket for image in every)
-        return {
-            "images": len(training),
-            "repeats": sum(image.repeats for image in training),
-            "regularization": len(every) - len(training),
-            "validation": sum(len(dataset.images) for dataset in self.validation),
-            "with_caption": sum(image.has_caption for image in every),
-            "skipped": [{"path": str(s.path), "reason": s.reason} for s in self.skipped],
-            "buckets": [
-                {"resolution": list(size), "images": count}
-                for size, count in sorted(buckets.items())
-            ],
-        }
 
 
 def scan(
@@ -91,6 +69,9 @@ def scan(
     findings = Findings(skip_bad=skip_bad)
     scanner = _Scanner(bucket_multiple, place, Reader(index, decode=decode), findings)
     found = [(config, scanner.images(config)) for config in configs]
+    duplicates = find_duplicates((image for _, images in found for image in images), index)
+    if duplicates:
+        findings.warnings.append(_duplicates_remark(duplicates))
     held = [held_out(config, images) for config, images in found]
     every = frozenset[Path]().union(*held)
     training = [scanner.training(config, images, every) for config, images in found]
@@ -103,11 +84,21 @@ def scan(
             for (config, images), own in zip(found, held, strict=True)
             if own
         ),
-        skipped=tuple(findings.skipped),
+        # Several datasets may find the same of one folder.
+        skipped=tuple(dict.fromkeys(findings.skipped)),
         warnings=tuple(dict.fromkeys([*findings.warnings, *findings.remarks.lines()])),
-        problems=tuple(findings.problems),
+        problems=tuple(dict.fromkeys(findings.problems)),
+        duplicates=duplicates,
         index=index,
     )
+
+
+def _duplicates_remark(groups: Sequence[Sequence[Path]]) -> str:
+    copies = sum(len(group) - 1 for group in groups)
+    shown = "; ".join(" = ".join(map(str, group)) for group in groups[:5])
+    more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
+    files = "1 image is a copy" if copies == 1 else f"{copies} images are copies"
+    return f"{files} of another, with the same content: {shown}{more}"
 
 
 class _Scanner:
@@ -134,10 +125,10 @@ class _Scanner:
         images: list[ImageRecord] = []
         seen: set[tuple[Path, bool]] = set()
         for index, subset in enumerate(config.subsets):
-            role = (subset.image_dir.resolve(), subset.is_reg)
+            role = (subset.source.resolve(), subset.is_reg)
             if role in seen:
                 self.findings.warnings.append(
-                    f"{subset.place}: {subset.image_dir} is named twice in this dataset; "
+                    f"{subset.place}: {subset.source} is named twice in this dataset; "
                     "it is used once"
                 )
                 continue

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING
 
+from sdxl_train.data.annotations import read_annotations
 from sdxl_train.data.buckets import SizeError
 from sdxl_train.data.captions import BALANCE, UNBALANCED, caption_warnings
 from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.data.images import ImageError, ImageHeader
-from sdxl_train.data.listing import list_folder, list_masks
+from sdxl_train.data.listing import Listing, list_folder, list_masks
 from sdxl_train.data.records import ImageRecord
 from sdxl_train.data.views import split_face
-from sdxl_train.errors import Problem
+from sdxl_train.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from sdxl_train.data.annotations import Annotation
     from sdxl_train.data.buckets import Fit, Size
     from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.dataset_config import SubsetConfig
     from sdxl_train.data.findings import Findings
-    from sdxl_train.data.listing import Listing
     from sdxl_train.data.reading import Read, Reader
 
 
@@ -56,10 +58,34 @@ class SubsetScan:
         self.reader = reader
         self.findings = findings
         self.place = place
+        self.annotations: dict[Path, Annotation] = {}
 
     def records(self) -> list[ImageRecord]:
         """Give the images that can be used, in the order of their names."""
+        listings = self._annotated() if self.subset.metadata_file else self._listed()
+        num_images = sum(len(listing.images) for listing in listings)
+        masks = iter(self._masks([name for listing in listings for name in listing.images]))
+        records = []
+        for listing in listings:
+            self.findings.skipped += listing.skipped
+            read = self.reader.read(
+                listing.folder,
+                listing.images,
+                listing.captions,
+                list(islice(masks, len(listing.images))),
+                self.subset.mask_dir,
+            )
+            records += [record for entry in read if (record := self._record(entry))]
+        if num_images and not records and self.findings.skip_bad:
+            message = f"no image in {self.subset.source} can be used, they are all left out"
+            self.findings.problem(self.subset.place, message)
+        self._check_captions(records)
+        return records
+
+    def _listed(self) -> list[Listing]:
+        """List the images and caption files of the subset's folder."""
         subset = self.subset
+        assert subset.image_dir is not None
         try:
             listing = list_folder(
                 subset.image_dir, subset.caption_extensions, self.findings.remarks
@@ -68,28 +94,37 @@ class SubsetScan:
             message = f"{subset.image_dir} cannot be read: {error.strerror}"
             self.findings.problem(subset.place, message)
             return []
-        self.findings.skipped += listing.skipped
         self._check_listing(listing)
-        read = self.reader.read(
-            subset.image_dir,
-            listing.images,
-            listing.captions,
-            self._masks(listing),
-            subset.mask_dir,
-        )
-        records = [record for entry in read if (record := self._record(entry))]
-        if listing.images and not records and self.findings.skip_bad:
-            message = f"no image in {subset.image_dir} can be used, they are all left out"
-            self.findings.problem(subset.place, message)
-        self._check_captions(records)
-        return records
+        return [listing]
+
+    def _annotated(self) -> list[Listing]:
+        """List the images that the subset's metadata file names, folder by folder."""
+        subset = self.subset
+        assert subset.metadata_file is not None
+        try:
+            annotations = read_annotations(
+                subset.metadata_file,
+                subset.image_dir,
+                subset.captions.caption_separator,
+                self.findings,
+            )
+        except UserError as error:
+            self.findings.problems += error.problems
+            return []
+        self.annotations = {annotation.path: annotation for annotation in annotations}
+        listings: dict[Path, Listing] = {}
+        for path in self.annotations:
+            listing = listings.setdefault(path.parent, Listing(folder=path.parent))
+            listing.images.append(path.name)
+            listing.captions.append(None)
+        return list(listings.values())
 
     def _check_listing(self, listing: Listing) -> None:
         subset = self.subset
         if not listing.images:
             self.findings.problem(
                 subset.place,
-                f"{subset.image_dir} holds no images ({listing.contents})",
+                f"{listing.folder} holds no images ({listing.contents})",
                 listing.advice,
             )
         elif listing.other_captions and not any(listing.captions):
@@ -97,7 +132,7 @@ class SubsetScan:
             other = listing.other_captions[0]
             self.findings.problem(
                 self.place("caption_extension") if origin == DEFAULT else origin,
-                f"no image in {subset.image_dir} has a caption file "
+                f"no image in {listing.folder} has a caption file "
                 f"({' or '.join(subset.caption_extensions)}), but there is {other}",
                 f"use --caption_extension {other[other.rindex('.') :]}",
             )
@@ -108,43 +143,61 @@ class SubsetScan:
         if len(captioned) < len(records):
             used = f"the class tokens {subset.class_tokens!r}" if subset.class_tokens else "nothing"
             self.findings.warnings.append(
-                f"{subset.image_dir}: {len(records) - len(captioned)} of {len(records)} images "
-                f"have no caption file; their caption is {used}"
+                f"{subset.source}: {len(records) - len(captioned)} of {len(records)} images "
+                f"have no caption{'' if subset.metadata_file else ' file'}; their caption is {used}"
             )
         self.findings.warnings += [
-            f"{subset.image_dir}: {warning}"
+            f"{subset.source}: {warning}"
             for warning in caption_warnings(captioned, subset.captions)
         ]
 
     def _record(self, read: Read) -> ImageRecord | None:
         subset = self.subset
         path, text = read.path, subset.class_tokens or ""
-        if isinstance(read.caption, Problem):
-            self.findings.problems.append(read.caption)
-        elif read.caption is not None:
-            text = self._caption(read.caption, read)
+        annotation = self.annotations.get(path) if self.annotations else None
+        caption = read.caption if annotation is None else annotation.caption
+        if isinstance(caption, Problem):
+            self.findings.problems.append(caption)
+        elif caption is not None:
+            text = self._caption(caption, read, annotation)
         if isinstance(read.header, ImageError):
             self.findings.bad_image(path, str(read.header))
             return None
+        if annotation and annotation.size not in (None, read.header.size):
+            remark = "its image_size in the metadata file is not that of the image, which counts"
+            self.findings.remarks.add(remark, path)
         chosen = self._fit(path, read.header)
         if chosen is None or not self._mask_fits(read, read.header):
             return None
         if subset.views.face_crop_aug_range and split_face(path.stem)[1] is None:
             remark = "no face in the name (_X_Y_W_H), cropped at the centre"
             self.findings.remarks.add(remark, path)
-        return ImageRecord(
+        record = ImageRecord(
             path=path,
             size=read.header.size,
             caption=text,
-            has_caption=read.caption is not None,
+            has_caption=caption is not None,
             repeats=subset.num_repeats,
             is_reg=subset.is_reg,
             subset=self.index,
             fit=chosen,
             mask=read.mask_path,
         )
+        self._remark_on_size(record)
+        return record
 
-    def _caption(self, caption: CaptionFile, read: Read) -> str:
+    def _remark_on_size(self, record: ImageRecord) -> None:
+        remarks, views = self.findings.remarks, self.subset.views
+        if record.is_tiny:
+            detail = f"{record.scale:.1f} times"
+            remarks.add("enlarged to more than twice its size", record.path, detail)
+        if record.is_extreme and not (views.random_crop or views.face_crop_aug_range):
+            width, height = record.size
+            detail = f"{width}x{height}, {record.fit.crop_share:.0%} cut off"
+            remark = "long and narrow, or more than a third of it is cut off"
+            remarks.add(remark, record.path, detail)
+
+    def _caption(self, caption: CaptionFile, read: Read, annotation: Annotation | None) -> str:
         for remark in caption.remarks:
             self.findings.remarks.add(f"caption {remark}", read.caption_path or read.path)
         if not self.subset.captions.enable_wildcard:
@@ -154,27 +207,28 @@ class SubsetScan:
             return caption.text
         if caption.bad_brace:
             line, column = caption.bad_brace
-            self.findings.problem(f"{read.caption_path}:{line}:{column}", UNBALANCED, BALANCE)
+            where = f"{annotation.place}: caption" if annotation else str(read.caption_path)
+            self.findings.problem(f"{where}:{line}:{column}", UNBALANCED, BALANCE)
         return "\n".join(caption.lines)
 
-    def _masks(self, listing: Listing) -> list[str | None]:
+    def _masks(self, images: Sequence[str]) -> Sequence[str | None]:
         """Give the mask of each image, if the subset has any."""
         subset = self.subset
         if subset.mask_dir is None:
-            return [None] * len(listing.images)
+            return [None] * len(images)
         try:
-            masks, skipped = list_masks(subset.mask_dir, listing.images, self.findings.remarks)
+            masks, skipped = list_masks(subset.mask_dir, images, self.findings.remarks)
         except OSError as error:
             message = f"{subset.mask_dir} cannot be read: {error.strerror}"
             self.findings.problem(subset.place, message)
-            return [None] * len(listing.images)
+            return [None] * len(images)
         self.findings.skipped += skipped
-        bare = [image for image, mask in zip(listing.images, masks, strict=True) if mask is None]
+        bare = [image for image, mask in zip(images, masks, strict=True) if mask is None]
         if bare:
             more = f" and {len(bare) - 5} more" if len(bare) > 5 else ""
             self.findings.problem(
                 subset.origins["conditioning_data_dir"],
-                f"{len(bare)} of {len(masks)} images in {subset.image_dir} have no "
+                f"{len(bare)} of {len(masks)} images in {subset.source} have no "
                 f"mask in {subset.mask_dir}: {', '.join(bare[:5])}{more}",
                 "a mask has the name of its image; images without one go into a subset "
                 "of their own",
@@ -212,10 +266,7 @@ class SubsetScan:
         if self.fit is None:
             return None
         try:
-            chosen = self.fit(header.size)
+            return self.fit(header.size)
         except SizeError as error:
             self.findings.bad_image(path, str(error))
             return None
-        if chosen.resized[0] > 2 * width:
-            self.findings.remarks.add("enlarged to more than twice its size", path)
-        return chosen

@@ -182,7 +182,7 @@ def test_numbered_folders_say_repeats_and_class_tokens(
         train_data_dir=tmp_path / "train", reg_data_dir=tmp_path / "reg", resolution=64
     )
     assert problems == []
-    found = [(s.image_dir.name, s.num_repeats, s.class_tokens, s.is_reg) for s in dataset.subsets]
+    found = [(s.source.name, s.num_repeats, s.class_tokens, s.is_reg) for s in dataset.subsets]
     assert found == [
         ("10_black cat", 10, "black cat", False),
         ("2_dog_big", 2, "dog_big", False),
@@ -298,7 +298,7 @@ num_repeats = -1
         "datasets[0].subsets[0].enable_bucket": "it belongs in [[datasets]] or [general]",
         "datasets[0].subsets[0].shuffle_caption": "1 is not true or false",
         "datasets[0].subsets[0].caption_dropout_rate": "1.5 is not a number >= 0 and <= 1",
-        "datasets[0].subsets[1].image_dir": "set image_dir",
+        "datasets[0].subsets[1].image_dir": "set image_dir, or metadata_file",
     }
     for key, remedy in remedies.items():
         assert told[key].endswith(remedy), told[key]
@@ -404,7 +404,7 @@ def test_relative_folders_are_found_from_here_then_from_the_file(
     )
     (dataset,), problems, _ = resolve(dataset_config=path, resolution=64)
     assert problems == []
-    folders = [subset.image_dir.resolve() for subset in dataset.subsets]
+    folders = [subset.source.resolve() for subset in dataset.subsets]
     assert folders == [tmp_path / "here" / "both", tmp_path / "file" / "only"]
 
 
@@ -496,3 +496,26 @@ def test_resolving_and_planning_import_neither_torch_nor_pillow() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_a_network_multiplier_other_than_one_is_refused(tmp_path: Path, cats: Path) -> None:
+    text = "[[datasets]]\nnetwork_multiplier = {}\n[[datasets.subsets]]\nimage_dir = '{}'\n"
+    assert problems_of(tmp_path, text.format(1, cats)) == []
+    (problem,) = problems_of(tmp_path, text.format(0.5, cats))
+    assert "network_multiplier: is 0.5, and only 1 can be trained" in problem
+
+
+def test_unknown_custom_attributes_are_refused(tmp_path: Path, cats: Path) -> None:
+    text = f"[[datasets]]\n[[datasets.subsets]]\nimage_dir = '{cats}'\n"
+    text += "custom_attributes = { diff_output_preservation = 1, difference = true }\n"
+    told = "\n".join(problems_of(tmp_path, text))
+    assert "custom_attributes.diff_output_preservation: 1 is not true or false" in told
+    assert "custom_attributes.difference: is not a key of this table" in told
+
+
+def test_cache_info_is_taken_and_its_effect_told(tmp_path: Path, cats: Path) -> None:
+    text = f"[general]\ncache_info = true\n[[datasets]]\n[[datasets.subsets]]\nimage_dir='{cats}'\n"
+    _, problems, warnings = resolve(dataset_config=toml(tmp_path, text), resolution=64)
+    assert problems == []
+    (warning,) = warnings
+    assert warning.startswith(f"{tmp_path / 'data.toml'}:2: general.cache_info: sizes and captions")

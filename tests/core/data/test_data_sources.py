@@ -11,6 +11,7 @@ import pytest
 
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import DatasetOptions, resolve_datasets
+from sdxl_train.data.report import dataset_report
 from sdxl_train.data.sources import Scan, scan
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def test_summary_counts_what_will_be_trained(
         bucket_reso_steps=8,
     )
     assert problems(found) == []
-    assert found.summary() == {
+    report = dataset_report(found)
+    expected = {
         "images": 3,
         "repeats": 7,
         "regularization": 1,
@@ -50,12 +52,17 @@ def test_summary_counts_what_will_be_trained(
                 "reason": "image type .gif is not supported",
             }
         ],
-        "buckets": [
-            {"resolution": [40, 88], "images": 1},
-            {"resolution": [64, 64], "images": 2},
-            {"resolution": [88, 40], "images": 1},
-        ],
     }
+    assert {name: report[name] for name in expected} == expected
+    # 128x64 covers 88x40 at 88x44, which is cut to 40: 1 in 11 goes. Nothing is enlarged.
+    wide = {"images": 1, "crop_share": 0.0909, "upscale_share": 0.0}
+    square = {"images": 2, "crop_share": 0.0, "upscale_share": 0.0}
+    assert report["buckets"] == [
+        {"resolution": [40, 88], "repeats": 1, **wide},
+        # Regularization images have as many samples as there are to train.
+        {"resolution": [64, 64], "repeats": 3 + 7, **square},
+        {"resolution": [88, 40], "repeats": 3, **wide},
+    ]
 
 
 def test_images_come_sorted_with_their_captions(
@@ -223,9 +230,9 @@ def test_remarks_on_files_are_gathered(
     (folder / "big.txt").write_bytes(b"")
     found = make_scan(train_data_dir=tmp_path)
     text = "\n".join(found.warnings)
-    many = "8 files: caption more than one line, only the first is used (enable_wildcard): "
+    many = "7 files: caption more than one line, only the first is used (enable_wildcard): "
     assert many in text
-    assert " and 3 more" in text
+    assert " and 2 more" in text
     assert f"1 file: caption not UTF-8, read as cp1252: {folder / 'tiny.txt'}" in text
     assert "1 file: caption empty" in text
     assert "the same name as another image, and so the same caption" in text
@@ -356,4 +363,4 @@ def test_two_thousand_images_are_scanned_quickly(
     found = make_scan(train_data_dir=tmp_path)
     # About 0.6 s on two slow cores; the bound leaves room for a busy machine.
     assert time.perf_counter() - start < 15
-    assert found.summary()["with_caption"] == 2000
+    assert dataset_report(found)["with_caption"] == 2000

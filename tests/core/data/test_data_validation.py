@@ -8,6 +8,7 @@ import pytest
 
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import DatasetOptions, resolve_datasets
+from sdxl_train.data.report import dataset_report
 from sdxl_train.data.sources import Scan, scan
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def test_held_out_images_count_once_and_are_not_augmented(
     assert not any(sample.flipped for sample in samples)
     captions = {caption for batch in batches for caption in plan.captions(batch)}
     assert captions == {f"photo, {image.caption}" for image in found.validation[0].images}
-    assert found.summary()["validation"] == 5
-    assert found.summary()["repeats"] == 15
+    assert dataset_report(found)["validation"] == 5
+    assert dataset_report(found)["repeats"] == 15
 
 
 def test_regularization_images_are_not_held_out_and_match_what_is_trained(
@@ -100,7 +101,7 @@ def test_regularization_images_are_not_held_out_and_match_what_is_trained(
     for number in range(4):
         make_image(tmp_path / "reg" / "1_animal" / f"{number}.png")
     found = make_scan(train_data_dir=folder, reg_data_dir=tmp_path / "reg", validation_split=0.5)
-    assert found.summary()["regularization"] == 4
+    assert dataset_report(found)["regularization"] == 4
     images = found.datasets[0].images
     assert sum(i.repeats for i in images if i.is_reg) == 15  # 5 images, 3 times
     assert not any(image.is_reg for image in found.validation[0].images)

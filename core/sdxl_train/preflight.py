@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.checkpoint import PICKLED_FORMATS
 from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
-from sdxl_train.data.batches import BatchPlan
+from sdxl_train.data.batches import BatchPlan, count_batches
 from sdxl_train.data.dataset_config import resolve_datasets
+from sdxl_train.data.dataset_rules import warmup_remarks
 from sdxl_train.data.scan_index import user_index
 from sdxl_train.data.sources import scan
 from sdxl_train.earlier import files_of_earlier_run
@@ -87,10 +88,9 @@ def prepare(
     seed = resume.manifest.seed if resume else config.training.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
-    batches = BatchPlan(scanned.datasets, seed)
     counts = StepCounts.of(
         config.training,
-        batches.batches_per_epoch,
+        count_batches(scanned.datasets),
         warmup=config.scheduler.lr_warmup_steps,
         decay=config.scheduler.decay(),
     )
@@ -101,12 +101,19 @@ def prepare(
             "shorten the warm-up or train longer",
         )
     start = _start(config, counts, resume)
+    data_configs = (dataset.config for dataset in scanned.datasets)
+    warnings.extend(warmup_remarks(data_configs, counts.total))
     return Prepared(
         config=config,
         start=start,
         host=host,
         scan=scanned,
-        batches=batches,
+        batches=BatchPlan(
+            scanned.datasets,
+            seed,
+            accumulation=config.training.gradient_accumulation_steps,
+            total_steps=counts.total,
+        ),
         # Its own seed: runs that differ in theirs are validated on the same.
         validation=BatchPlan(scanned.validation, 0) if scanned.validation else None,
         counts=counts,

@@ -54,12 +54,14 @@ class BatchSpec:
         bucket: Training size of all its samples.
         epoch: The epoch, counted from 1.
         samples: The samples.
+        step: Optimizer steps done before it is trained.
     """
 
     dataset: int
     bucket: Size
     epoch: int
     samples: tuple[Sample, ...]
+    step: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,20 +111,40 @@ class Batch:
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-class BatchPlan:
-    """The batches of every epoch. Each sample occurs exactly once in an epoch."""
+def count_batches(datasets: Sequence[Dataset]) -> int:
+    """Count the batches of an epoch, the same in each."""
+    return sum(
+        -(-len(samples) // datasets[dataset].config.batch_size)
+        for (dataset, _), samples in _samples(datasets).items()
+    )
 
-    def __init__(self, datasets: Sequence[Dataset], seed: int) -> None:
+
+class BatchPlan:
+    """The batches of every epoch. Each sample occurs exactly once in an epoch.
+
+    Args:
+        datasets: The images.
+        seed: Of all that is drawn.
+        accumulation: Batches of an optimizer step.
+        total_steps: Optimizer steps of the run.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        seed: int,
+        *,
+        accumulation: int = 1,
+        total_steps: int = 0,
+    ) -> None:
         self.datasets = datasets
         self.seed = seed
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Number of batches, the same in each epoch."""
-        return sum(
-            -(-len(samples) // self.datasets[dataset].config.batch_size)
-            for (dataset, _), samples in self._samples().items()
-        )
+        self.accumulation = accumulation
+        self.batches_per_epoch = count_batches(datasets)
+        self._captions = [
+            [subset.captions.in_steps(total_steps) for subset in dataset.config.subsets]
+            for dataset in datasets
+        ]
 
     def epoch(self, number: int) -> list[BatchSpec]:
         """Plan one epoch.
@@ -135,7 +157,7 @@ class BatchPlan:
         """
         order = random.Random(derive_seed(self.seed, "order", number))
         batches = []
-        for (dataset, bucket), samples in self._samples().items():
+        for (dataset, bucket), samples in _samples(self.datasets).items():
             order.shuffle(samples)
             size = self.datasets[dataset].config.batch_size
             batches += [
@@ -148,7 +170,11 @@ class BatchPlan:
                 for start in range(0, len(samples), size)
             ]
         order.shuffle(batches)
-        return batches
+        before = (number - 1) * -(-self.batches_per_epoch // self.accumulation)
+        return [
+            replace(batch, step=before + position // self.accumulation)
+            for position, batch in enumerate(batches)
+        ]
 
     def captions(self, spec: BatchSpec) -> list[str]:
         """Give the captions to train a batch with."""
@@ -156,20 +182,13 @@ class BatchPlan:
         return [
             process_caption(
                 dataset.images[sample.image].caption,
-                dataset.subset_of(dataset.images[sample.image]).captions,
+                self._captions[spec.dataset][dataset.images[sample.image].subset],
                 self._rng("caption", spec.dataset, spec.epoch, sample),
                 spec.epoch,
+                spec.step,
             )
             for sample in spec.samples
         ]
-
-    def _samples(self) -> dict[tuple[int, Size], list[Sample]]:
-        groups: dict[tuple[int, Size], list[Sample]] = {}
-        for index, dataset in enumerate(self.datasets):
-            for number, image in enumerate(dataset.images):
-                group = groups.setdefault((index, image.fit.bucket), [])
-                group += [Sample(image=number, repeat=n) for n in range(image.repeats)]
-        return groups
 
     def _views(self, index: int, epoch: int, samples: Sequence[Sample]) -> Iterator[Sample]:
         dataset = self.datasets[index]
@@ -188,3 +207,13 @@ class BatchPlan:
     def _rng(self, purpose: str, dataset: int, epoch: int, sample: Sample) -> random.Random:
         seed = derive_seed(self.seed, purpose, epoch, dataset, sample.image, sample.repeat)
         return random.Random(seed)
+
+
+def _samples(datasets: Sequence[Dataset]) -> dict[tuple[int, Size], list[Sample]]:
+    """Group all samples of an epoch by dataset and bucket."""
+    groups: dict[tuple[int, Size], list[Sample]] = {}
+    for index, dataset in enumerate(datasets):
+        for number, image in enumerate(dataset.images):
+            group = groups.setdefault((index, image.fit.bucket), [])
+            group += [Sample(image=number, repeat=n) for n in range(image.repeats)]
+    return groups

@@ -1,13 +1,14 @@
 """Captions: reading them as people write them, and what becomes of one each time it is trained.
 
 Order of the steps, as in sd-scripts: prefix and suffix are put on, the whole caption may be
-dropped, one of its lines and the alternatives of its wildcards are drawn, tags are kept, shuffled
-and dropped, and the secondary separator gives way to the first. Tags are put together with a comma
-and a space, whatever separated them before.
+dropped, one of its lines and the alternatives of its wildcards are drawn, tags are kept, held back
+while they warm up, shuffled and dropped, and the secondary separator gives way to the first. Tags
+are put together with a comma and a space, whatever separated them before.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,14 @@ class CaptionOptions:
     caption_dropout_rate: float = 0.0
     caption_dropout_every_n_epochs: int = 0
     caption_tag_dropout_rate: float = 0.0
+    token_warmup_min: int = 1
+    token_warmup_step: float = 0
+
+    def in_steps(self, total: int) -> CaptionOptions:
+        """Give the same with the warm-up of tags as a number of steps, if it is a share of all."""
+        if not 0 < self.token_warmup_step < 1:
+            return self
+        return replace(self, token_warmup_step=math.floor(self.token_warmup_step * total + 1e-9))
 
     def without_chance(self) -> CaptionOptions:
         """Give what stays of the options where a caption must be the same each time."""
@@ -51,17 +60,25 @@ class CaptionOptions:
             caption_dropout_rate=0.0,
             caption_dropout_every_n_epochs=0,
             caption_tag_dropout_rate=0.0,
+            token_warmup_step=0,
         )
 
     @property
     def changes_tags(self) -> bool:
         """Whether the tags of a caption differ from one time to the next."""
-        return self.shuffle_caption or self.caption_tag_dropout_rate > 0
+        return (
+            self.shuffle_caption or self.caption_tag_dropout_rate > 0 or self.token_warmup_step > 0
+        )
 
     @property
     def unrepeatable(self) -> tuple[str, ...]:
         """The options in use that make more captions of one than can be cached."""
-        names = ("shuffle_caption", "caption_tag_dropout_rate", "enable_wildcard")
+        names = (
+            "shuffle_caption",
+            "caption_tag_dropout_rate",
+            "enable_wildcard",
+            "token_warmup_step",
+        )
         return tuple(name for name in names if getattr(self, name) not in (0, "first"))
 
     @property
@@ -132,24 +149,27 @@ def bad_brace(text: str) -> int | None:
     return None
 
 
-def process_caption(caption: str, options: CaptionOptions, rng: random.Random, epoch: int) -> str:
+def process_caption(
+    caption: str, options: CaptionOptions, rng: random.Random, epoch: int, step: int = 0
+) -> str:
     """Give the caption to train with, this time.
 
     Args:
         caption: The caption as read.
-        options: What to do to it.
+        options: What to do to it; its warm-up counts steps.
         rng: The only source of chance.
         epoch: Number of the epoch, counted from 1.
+        step: Optimizer steps done before.
     """
     if _is_dropped(options, rng, epoch):
         return ""
-    return _undropped(caption, options, rng)
+    return _undropped(caption, options, rng, step)
 
 
 def possible_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
     """Give every caption that :func:`process_caption` can give, if it is not unrepeatable."""
     assert not options.unrepeatable
-    kept = _undropped(caption, options, random.Random(0))
+    kept = _undropped(caption, options, random.Random(0), 0)
     return (kept, "") if options.drops_captions else (kept,)
 
 
@@ -187,12 +207,12 @@ def _is_dropped(options: CaptionOptions, rng: random.Random, epoch: int) -> bool
     return period > 0 and epoch % period == 0
 
 
-def _undropped(caption: str, options: CaptionOptions, rng: random.Random) -> str:
+def _undropped(caption: str, options: CaptionOptions, rng: random.Random, step: int) -> str:
     parts = (options.caption_prefix, caption, options.caption_suffix)
     caption = " ".join(part for part in parts if part)
     if options.enable_wildcard:
         caption = _without_wildcards(caption, rng if options.enable_wildcard is True else None)
-    caption = _with_tags_varied(caption, options, rng)
+    caption = _with_tags_varied(caption, options, rng, step)
     if options.secondary_separator:
         caption = caption.replace(options.secondary_separator, options.caption_separator)
     return caption
@@ -215,7 +235,7 @@ def _without_wildcards(caption: str, rng: random.Random | None) -> str:
     return _BRACES.sub(put, rng.choice(lines) if rng else lines[0])
 
 
-def _with_tags_varied(caption: str, options: CaptionOptions, rng: random.Random) -> str:
+def _with_tags_varied(caption: str, options: CaptionOptions, rng: random.Random, step: int) -> str:
     separator, mark = options.caption_separator, options.keep_tokens_separator
     if mark and mark in caption:
         kept, flexible, *rest = (split_tags(piece, separator) for piece in caption.split(mark))
@@ -225,6 +245,9 @@ def _with_tags_varied(caption: str, options: CaptionOptions, rng: random.Random)
         kept, flexible, tail = tags[: options.keep_tokens], tags[options.keep_tokens :], []
     else:
         return separator.join(part for part in caption.split(separator) if part.strip()).strip()
+    if step < options.token_warmup_step:
+        least, full = options.token_warmup_min, options.token_warmup_step
+        flexible = flexible[: math.floor(step * (len(flexible) - least) / full) + least]
     if options.shuffle_caption:
         rng.shuffle(flexible)
     if (rate := options.caption_tag_dropout_rate) > 0:

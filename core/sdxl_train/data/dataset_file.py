@@ -69,6 +69,8 @@ class SubsetDefaults(BaseModel):
     caption_dropout_rate: Share | None = None
     caption_dropout_every_n_epochs: Count | None = None
     caption_tag_dropout_rate: Share | None = None
+    token_warmup_min: Count | None = None
+    token_warmup_step: Annotated[float, Field(ge=0)] | None = None
     flip_aug: bool | None = None
     color_aug: bool | None = None
     random_crop: bool | None = None

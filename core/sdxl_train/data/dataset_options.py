@@ -163,6 +163,14 @@ class DatasetOptions(OptionModel):
         0, description="Train every Nth epoch with empty captions. 0: never."
     )
     caption_tag_dropout_rate: Share = Field(0.0, description="Probability that a tag is dropped.")
+    token_warmup_step: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="Steps, or a share of all below 1, until every tag of a caption is trained; at "
+        "first only the leading ones are.",
+    )
+    token_warmup_min: Count = Field(
+        1, description="Tags, behind the kept ones, with which that warm-up begins."
+    )
     flip_aug: bool = Field(False, description="Mirror half of the samples from left to right.")
     color_aug: bool = Field(
         False,

@@ -9,7 +9,7 @@ from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.errors import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from sdxl_train.data.buckets import BucketOptions
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
@@ -134,7 +134,7 @@ def metadata_problems(layer: Layer) -> Iterator[Problem]:
 
 
 def idle_remarks(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
-    """Yield what options do here that do something else in sd-scripts."""
+    """Yield options without an effect of their own."""
     subsets = [subset for dataset in datasets for subset in dataset.subsets]
     places = [s.origins["cache_info"] for s in subsets if s.values["cache_info"]]
     for place in dict.fromkeys(places):
@@ -142,6 +142,27 @@ def idle_remarks(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
             f"{place}: sizes and captions are kept for the next start in any case, in the user's "
             "cache folder, and read again where a file has changed; nothing is written beside the "
             "images"
+        )
+    for place in dict.fromkeys(
+        subset.origins["token_warmup_min"]
+        for subset in subsets
+        if subset.origins["token_warmup_min"] != DEFAULT and not subset.captions.token_warmup_step
+    ):
+        yield f"{place}: token_warmup_min has no effect without token_warmup_step"
+
+
+def warmup_remarks(datasets: Iterable[DatasetConfig], total_steps: int) -> Iterator[str]:
+    """Yield where the warm-up of tags lasts longer than the run."""
+    subsets = [subset for dataset in datasets for subset in dataset.subsets]
+    late = {
+        subset.origins["token_warmup_step"]: subset.captions.token_warmup_step
+        for subset in subsets
+        if subset.captions.token_warmup_step > total_steps
+    }
+    for place, steps in late.items():
+        yield (
+            f"{place}: the run ends after {total_steps} of its {steps:g} steps, before all tags "
+            "are trained"
         )
 
 

@@ -379,3 +379,19 @@ def test_to_moves_every_tensor(folder: Path, make_scan: MakeScan, loader: MakeLo
 def test_batch_specifications_of_one_epoch_are_hashable(folder: Path, make_scan: MakeScan) -> None:
     specs: list[BatchSpec] = BatchPlan(scanned(folder, make_scan).datasets, 1).epoch(1)
     assert len(set(specs)) == len(specs)
+
+
+def test_tags_warm_up_by_optimizer_steps(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    for number in range(5):
+        make_image(tmp_path / "1_cat" / f"{number}.png", caption="a,b,c,d")
+    found = make_scan(train_data_dir=tmp_path, token_warmup_step=0.75)
+    plan = BatchPlan(found.datasets, 7, accumulation=2, total_steps=8)
+    specs = [spec for epoch in (1, 2, 3) for spec in plan.epoch(epoch)]
+    # Five batches make three steps, the last of one batch.
+    steps = [0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7, 7, 8]
+    assert [spec.step for spec in specs] == steps
+    # Full after 0.75 * 8 = 6 steps: 1 + floor(step * 3 / 6) tags before.
+    lengths = [len(plan.captions(spec)[0].split(",")) for spec in specs]
+    assert lengths == [min(1 + step // 2, 4) for step in steps]

@@ -23,6 +23,7 @@ from sdxl_lora_plugins.commands.demo import Demo
 from sdxl_lora_plugins.commands.extract import Extract
 from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.commands.merge import Merge
+from sdxl_lora_plugins.commands.new_plugin import NewPlugin
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
@@ -165,4 +166,5 @@ def register_commands() -> dict[str, type[Command]]:
         "convert": Convert,
         "resize": Resize,
         "extract": Extract,
+        "new-plugin": NewPlugin,
     }

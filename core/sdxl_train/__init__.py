@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
+    from sdxl_train.finite import is_finite
     from sdxl_train.history import History, StepNumbers
     from sdxl_train.hookspecs import hookimpl
     from sdxl_train.libraries import quiet
@@ -82,6 +83,7 @@ _HOMES = {
     "PredictionType": "sdxl_train.schedule",
     "TENSOR_DTYPES": "sdxl_train.tensor_file",
     "TensorEntry": "sdxl_train.tensor_file",
+    "is_finite": "sdxl_train.finite",
     "hashes_of": "sdxl_train.tensor_file",
     "write_tensors": "sdxl_train.tensor_file",
     "Problem": "sdxl_train.errors",
@@ -147,6 +149,7 @@ __all__ = [
     "derive_seed",
     "hashes_of",
     "hookimpl",
+    "is_finite",
     "limit_norms",
     "plan",
     "quiet",

@@ -75,7 +75,7 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
         adapter = config.network.build(model)
     if config.network.network_weights is not None:
         place = config.place("network_weights")
-        start_from(adapter, model.read_network(config.network.network_weights), place)
+        start_from(adapter, model, config.network.network_weights, place)
     declared = list(adapter.groups())
     groups = list(_optimizer_groups(declared, config.optimizer.learning_rate))
     if not groups:

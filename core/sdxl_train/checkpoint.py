@@ -183,10 +183,10 @@ def require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         TrainingError: With the name of the tensor; nothing was written.
     """
-    import torch
+    from sdxl_train.finite import is_finite
 
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise TrainingError(f"{name} is not finite; nothing was written to {path}")
 
 

@@ -215,6 +215,9 @@ class LoadedModel(Protocol):
             UserError: If it is no network for this model, or broken.
         """
 
+    def describe_network(self, tensors: Mapping[str, Tensor]) -> str:
+        """Name the kinds of deltas in a network, as ``Adapter.state_dict`` gives it: ``LoRA``."""
+
     def merge_networks(self, networks: Sequence[tuple[Path, float]]) -> None:
         """Add the deltas of networks' files, each times its multiplier, to the frozen weights.
 

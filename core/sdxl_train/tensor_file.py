@@ -13,6 +13,7 @@ import torch
 from sdxl_train.disk import free_bytes
 from sdxl_train.errors import TrainingError
 from sdxl_train.files import replacing
+from sdxl_train.finite import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -163,9 +164,7 @@ def _bytes(path: Path, name: str, tensor: Tensor, entry: TensorEntry) -> bytes:
     cast = tensor.detach().to(device="cpu", dtype=entry.dtype).contiguous()
     if tuple(cast.shape) != entry.shape:
         raise ValueError(f"{name} has shape {list(cast.shape)}, announced as {list(entry.shape)}")
-    # Numbers of 8 bits have no test of their own.
-    tested = cast.float() if entry.dtype.itemsize == 1 else cast
-    if not torch.isfinite(tested).all():
+    if not is_finite(cast):
         raise TrainingError(
             f"{name} is not finite as {_NAMES[entry.dtype]}; nothing was written to {path}"
         )

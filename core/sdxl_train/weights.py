@@ -11,10 +11,11 @@ from sdxl_train.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
-    from sdxl_train.components import Adapter
+    from sdxl_train.components import Adapter, LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def require_fit(
         raise UserError(problems)
 
 
-def start_from(adapter: Adapter, given: Mapping[str, Tensor], place: str) -> None:
+def start_from(adapter: Adapter, model: LoadedModel, path: Path, place: str) -> None:
     """Let a network begin with the tensors of a file.
 
     Layers that the file does not have stay as they are, layers that the network does not adapt
@@ -51,7 +52,7 @@ def start_from(adapter: Adapter, given: Mapping[str, Tensor], place: str) -> Non
     Raises:
         UserError: If they have no layer in common, or a common one does not fit.
     """
-    own = adapter.state_dict()
+    own, given = adapter.state_dict(), model.read_network(path)
     ours, theirs = _layers(own), _layers(given)
     common = ours & theirs
     if not common:
@@ -61,7 +62,15 @@ def start_from(adapter: Adapter, given: Mapping[str, Tensor], place: str) -> Non
             "check that it is for this kind of model, and which parts are trained",
         )
     chosen = {name: tensor for name, tensor in given.items() if _layer(name) in common}
-    require_fit({k: tensor for k, tensor in own.items() if _layer(k) in common}, chosen, place)
+    wanted = {name: tensor for name, tensor in own.items() if _layer(name) in common}
+    kinds = [model.describe_network(tensors) for tensors in (chosen, wanted)]
+    if kinds[0] != kinds[1]:
+        raise UserError.of(
+            place,
+            f"{path.name} is {kinds[0]}, and this run trains {kinds[1]}",
+            "choose the --network_module and --network_args that made the file",
+        )
+    require_fit(wanted, chosen, place)
     adapter.load_state_dict({**own, **chosen})
     if fresh := ours - theirs:
         logger.warning(

@@ -8,7 +8,6 @@ import torch
 
 from sdxl_lora_plugins.files.deltas import scale
 from sdxl_lora_plugins.files.opening import open_network
-from sdxl_train import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,9 +35,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         for module in file.modules.values():
             named = {name: tensor.float() for name, tensor in read(module).items()}
             tensors |= {f"{module.name}.{n}": t for n, t in _with_alpha(module, named).items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError.of(str(path), f"{name} is not finite", "use another file")
     return tensors
 
 

@@ -244,7 +244,8 @@ def _network_problems(config: RunConfig) -> Iterator[Problem]:
     network = config.network
     begins = [network.network_weights] if network.network_weights else []
     problems: list[Problem] = []
-    open_networks([*begins, *(network.base_weights or [])], problems)
+    open_networks(begins, problems, config.place("network_weights"))
+    open_networks(network.base_weights or [], problems, config.place("base_weights"))
     yield from problems
 
 

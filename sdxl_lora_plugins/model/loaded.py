@@ -191,6 +191,13 @@ class LoadedSdxl:
 
         return read_tensors(path)
 
+    def describe_network(self, tensors: Mapping[str, Tensor]) -> str:
+        """Name the algorithms in a network: ``LoRA and LoCon``."""
+        from sdxl_lora_plugins.files import NetworkFile
+
+        file = NetworkFile.of_shapes({name: tuple(t.shape) for name, t in tensors.items()})
+        return " and ".join(sorted({module.title for module in file.modules.values()}))
+
     def merge_networks(self, networks: Sequence[tuple[Path, float]]) -> None:
         """Add networks' deltas to the weights; on the meta device only check whether they fit.
 

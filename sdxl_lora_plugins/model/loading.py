@@ -16,6 +16,7 @@ from sdxl_lora_plugins.model.attention import set_attention
 from sdxl_lora_plugins.model.checkpoint import Checkpoint
 from sdxl_lora_plugins.model.configs import LATENT_SCALING
 from sdxl_lora_plugins.model.fp8 import store_in_fp8
+from sdxl_lora_plugins.model.headers import counted
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
 from sdxl_lora_plugins.model.prediction import said_by
 from sdxl_lora_plugins.model.sources import (
@@ -29,7 +30,7 @@ from sdxl_lora_plugins.model.sources import (
 )
 from sdxl_lora_plugins.model.text import CHUNK_TOKENS
 from sdxl_lora_plugins.model.tokenizer import load_tokenizers
-from sdxl_train import NoiseSchedule, Problem, UserError
+from sdxl_train import NoiseSchedule, Problem, UserError, is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -57,6 +58,8 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
         modules, scaling = _load_file(options, base, vae_source, device, dtype)
     else:
         modules, scaling = _load_folder(options, base, vae_source, device, dtype)
+    if device.type != "meta":
+        _require_finite(modules, options.pretrained_model_name_or_path)
     rates = options.rates()
     _prepare(options, modules, rates.keys(), device)
     return LoadedSdxl(
@@ -166,6 +169,32 @@ def _load_vae(source: Source, device: torch.device, dtype: torch.dtype) -> Autoe
     folder = vae_folder(source.path)
     assert folder is not None
     return folders.load_vae(folder, device, dtype)
+
+
+def _require_finite(modules: Modules, place: str) -> None:
+    """Refuse weights that nothing can be trained on: every image would give NaN.
+
+    Raises:
+        UserError: With the number of tensors, and the first names.
+    """
+    titled = {
+        "U-Net": modules.unet,
+        "text encoder 1": modules.te1,
+        "text encoder 2": modules.te2,
+        "VAE": modules.vae,
+    }
+    bad = {
+        f"{title} {name}": str(tensor.dtype).removeprefix("torch.")
+        for title, module in titled.items()
+        for name, tensor in module.state_dict().items()
+        if not is_finite(tensor)
+    }
+    if bad:
+        raise UserError.of(
+            place,
+            f"its weights are not finite as {next(iter(bad.values()))}, in {counted(list(bad))}",
+            "download it again, or use another model; large values need --mixed_precision bf16",
+        )
 
 
 def _prepare(options: Sdxl, modules: Modules, trained: Iterable[str], device: torch.device) -> None:

@@ -36,7 +36,7 @@ def test_weights_of_another_rank_or_network_are_refused(
     for changes, message in (
         ({"network_dim": 8}, "tensors have another shape"),
         ({"network_alpha": 4.0}, "settings differ"),
-        ({"network_module": "lokr"}, "lokr_w1"),
+        ({"network_module": "lokr"}, "is LoRA, and this run trains LoKr"),
     ):
         with pytest.raises(UserError, match=message):
             sdxl_train.plan(options(network_weights=str(trained.path), **changes))

@@ -27,7 +27,7 @@ class Checkpoint:
 
     Attributes:
         path: The complete file, or the folder that holds it where diffusers wants one.
-        kind: ``epoch``, ``step`` or ``final``.
+        kind: ``epoch``, ``step``, ``best`` or ``final``.
         step: Optimizer steps done.
         epoch: Epochs begun.
     """
@@ -52,7 +52,7 @@ PICKLED_FORMATS = frozenset({"ckpt", "pt"})
 _IN_FOLDER = "pytorch_lora_weights.safetensors"
 """The file that diffusers looks for in a folder."""
 
-STEMS = {"epoch": "epoch", "step": "at", "final": "last"}
+STEMS = {"epoch": "epoch", "step": "at", "best": "last", "final": "last"}
 """What sd-scripts calls files when the run has no name."""
 
 
@@ -74,8 +74,13 @@ def state_name(output: OutputOptions, point: SavePoint) -> str:
 
 
 def _stem(output: OutputOptions, point: SavePoint) -> str:
-    suffix = {"epoch": f"-{point.number:06d}", "step": f"-step{point.number:08d}", "final": ""}
-    return (output.output_name or STEMS[point.kind]) + suffix[point.kind]
+    suffix = {
+        "epoch": f"-{point.number:06d}",
+        "step": f"-step{point.number:08d}",
+        "best": "-best",
+        "final": "",
+    }[point.kind]
+    return (output.output_name or STEMS[point.kind]) + suffix
 
 
 def _to_keep(output: OutputOptions, kind: str) -> tuple[int | None, int | None]:
@@ -86,6 +91,7 @@ def _to_keep(output: OutputOptions, kind: str) -> tuple[int | None, int | None]:
     networks, states = {
         "epoch": (output.save_last_n_epochs, output.save_last_n_epochs_state),
         "step": (output.save_last_n_steps, output.save_last_n_steps_state),
+        "best": (1, 1),
         "final": (None, None),
     }[kind]
     return networks, states or networks
@@ -107,7 +113,7 @@ def prune(output: OutputOptions, point: SavePoint) -> list[Path]:
 
     ``save_last_n_*=M`` keeps the newest M, counted up to the one just written.
     """
-    if point.kind == "final":
+    if point.kind in ("best", "final"):
         return []
     networks, states = _to_keep(output, point.kind)
     stem = re.escape(output.output_name or STEMS[point.kind])

@@ -134,6 +134,12 @@ class TrainingOptions(OptionModel):
     max_validation_steps: int | None = Field(
         None, ge=1, description="Measure it on the first N held-out batches. Default: on all."
     )
+    early_stop_patience: int | None = Field(
+        None,
+        ge=1,
+        description="Stop when the loss on held-out images was N times in a row no lower than "
+        "before.",
+    )
     observer_timeout: float = Field(
         60, ge=0, description="Leave an observer out that takes more seconds in a call; 0 = never."
     )
@@ -172,6 +178,10 @@ class OutputOptions(OptionModel):
     )
     save_last_n_steps: int | None = Field(
         None, ge=1, description="Keep the newest N step checkpoints."
+    )
+    save_best: bool = Field(
+        False,
+        description="Keep the network with the lowest loss on held-out images as NAME-best.",
     )
     save_state: bool = Field(
         False, description="With each checkpoint and at the end, save what --resume needs."

@@ -79,7 +79,7 @@ class SavePoint:
     """What falls due after a step.
 
     Attributes:
-        kind: ``epoch``, ``step`` or ``final``.
+        kind: ``epoch``, ``step``, ``best`` or ``final``.
         number: The epoch or step in the file's name.
         network: Whether the network is saved.
         state: Whether what ``--resume`` needs is saved.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_NUMBER = r"(-\d{6}|-step\d{8})?"
+_NUMBER = r"(-\d{6}|-step\d{8}|-best)?"
 _OTHERS = rf"{_NUMBER}-state|\.run\.json|\.report\.html"
 
 
@@ -29,7 +29,7 @@ def files_of_earlier_run(output: OutputOptions) -> list[Path]:
     """Give the networks, states and records in ``output_dir`` that bear the name of this run."""
     if not output.output_dir.is_dir():
         return []
-    names = (output.output_name,) if output.output_name else tuple(STEMS.values())
+    names = (output.output_name,) if output.output_name else tuple(dict.fromkeys(STEMS.values()))
     stems = "|".join(re.escape(name) for name in names)
     others = re.compile(f"({stems})({_OTHERS})")
     network = re.compile(rf"({stems}){_NUMBER}(\.\w+)?")

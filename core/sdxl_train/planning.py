@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
 from sdxl_train.checkpoint import FOLDER_FORMATS, kept
+from sdxl_train.counts import SavePoint
 from sdxl_train.data.report import dataset_report
 from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
+from sdxl_train.validation import validation_due
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +35,7 @@ class Plan:
     steps: Mapping[str, int]
     saves: list[int]
     samples: list[int]
+    validations: list[int]
     modules: Mapping[str, ModuleCount]
     groups: list[dict[str, Any]]
     memory: Mapping[str, int]
@@ -80,6 +83,7 @@ def make_plan(prepared: Prepared) -> Plan:
         },
         saves=prepared.saves.steps(),
         samples=_sample_steps(prepared),
+        validations=_validation_steps(prepared),
         modules=assembly.parts,
         groups=groups,
         memory=_memory(prepared, assembly),
@@ -91,6 +95,14 @@ def _sample_steps(prepared: Prepared) -> list[int]:
     """Give every step after which an observer samples pictures."""
     observers = prepared.config.observers
     return sorted({step for item in observers for step in item.sample_steps(prepared.counts)})
+
+
+def _validation_steps(prepared: Prepared) -> list[int]:
+    """Give every step after which the loss on held-out images is measured."""
+    if prepared.validation is None:
+        return []
+    steps = range(1, prepared.counts.total + 1)
+    return [step for step in steps if validation_due(prepared.config, prepared.counts, step)]
 
 
 def _rate_remarks(config: RunConfig, groups: list[dict[str, Any]]) -> Iterator[str]:
@@ -155,6 +167,8 @@ def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
     # Most optimizers keep two fp32 values for each weight, which a state holds as well.
     state = parameters * 4 * 3
     points = [point for step in prepared.saves.steps() for point in prepared.saves.due(step)]
+    if output.save_best:
+        points.append(SavePoint(kind="best", number=0))
     one = max(point.network * network + point.state * state for point in points)
     problem = room_problem(prepared.config.place("output_dir"), output.output_dir, one)
     if problem is not None:

@@ -81,6 +81,7 @@ def prepare(
         warnings.extend(_remarks(config))
         if scanned is not None:
             warnings.extend(_idle_validation(config, scanned))
+            problems.extend(_without_validation(config, scanned))
         warnings.extend(_cache_remarks(config, scanned))
     resume = _resume_point(config, scanned, problems) if config and scanned else None
     if problems or config is None or scanned is None:
@@ -338,6 +339,29 @@ def _idle_options(config: RunConfig) -> Iterator[str]:
     for name, needed, what in conditions:
         if config.is_set(name) and not needed:
             yield f"{config.place(name)} has no effect without {what}"
+
+
+def _without_validation(config: RunConfig, scanned: Scan) -> Iterator[Problem]:
+    """Refuse what goes by the loss on held-out images where it is never measured."""
+    training = config.training
+    measured = training.validate_every_n_epochs != 0 or training.validate_every_n_steps
+    asked = {
+        "early_stop_patience": training.early_stop_patience is not None,
+        "save_best": config.output.save_best,
+    }
+    for name in (name for name, is_asked in asked.items() if is_asked):
+        if not scanned.validation:
+            yield Problem(
+                place=config.place(name),
+                message="goes by the loss on held-out images, and none are held out",
+                remedy="add --validation_split 0.1",
+            )
+        elif not measured:
+            yield Problem(
+                place=config.place(name),
+                message="goes by the loss on held-out images, and it is never measured",
+                remedy="leave out --validate_every_n_epochs 0, or add --validate_every_n_steps",
+            )
 
 
 def _idle_validation(config: RunConfig, scanned: Scan) -> Iterator[str]:

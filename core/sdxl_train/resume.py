@@ -55,6 +55,8 @@ MAY_CHANGE = frozenset(
         "validate_every_n_steps",
         "validate_every_n_epochs",
         "max_validation_steps",
+        "early_stop_patience",
+        "save_best",
         "observer",
         # Where a run begins and on what; refused or told where it matters.
         "initial_step",

@@ -9,7 +9,7 @@ import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,8 @@ from sdxl_train.supply import Supply
 from sdxl_train.validation import (
     Validation,
     ValidationResult,
+    best_of,
+    patience_is_over,
     validation_due,
     validation_timesteps,
 )
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.data.batches import Batch
@@ -104,7 +107,9 @@ class RunResult:
         skipped_steps: Those of them that an fp16 overflow left without effect.
         files: The networks it wrote that are still there.
         final_loss: Mean loss of the last step.
-        validations: The losses on held-out images, in the order of steps.
+        validations: The losses on held-out images, in the order of steps, those before the run was
+            resumed included.
+        stopped_early: Whether ``--early_stop_patience`` ended it.
         observer_failures: What went wrong in which observer.
     """
 
@@ -114,6 +119,7 @@ class RunResult:
     files: list[Path] = field(default_factory=list)
     final_loss: float | None = None
     validations: list[ValidationResult] = field(default_factory=list)
+    stopped_early: bool = False
     observer_failures: dict[str, str] = field(default_factory=dict)
 
 
@@ -197,7 +203,7 @@ class Trainer:
             optimizer=optimizer,
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,
-            watched=lambda: {"history": self.history.state_dict()},
+            watched=self._watched,
         )
         if prepared.resume is not None:
             self._restore(prepared.resume)
@@ -228,8 +234,9 @@ class Trainer:
         self.events.tell("run_started", run=self.run)
         total = self.prepared.counts.total
         last: StepResult | None = None
+        self._validate_what_was_resumed()
         steps = train(self.supply.steps(self.result.steps), self.step, start=self.result.steps)
-        while True:
+        while not self._is_out_of_patience():
             began = time.monotonic()
             try:
                 step = next(steps, None)
@@ -252,25 +259,56 @@ class Trainer:
             if stopped:
                 self.result.exit_code = signals.exit_code
                 break
-            self._validate(last)
+            self._validate(last.step, last.epoch)
+        if self.result.stopped_early and last is not None:
+            state = self.prepared.saves.state_at_end
+            self._save([SavePoint(kind="final", number=last.step, state=state)], last)
         self.change.conclude()
         self.result.final_loss = last.loss.item() if last else None
 
     def _save(self, points: Sequence[SavePoint], step: StepResult) -> None:
         for point in points:
-            checkpoint = self.saver.save(point, step)
-            if checkpoint is not None:
-                self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+            self._tell_saved(self.saver.save(point, step.step, step.epoch))
 
-    def _validate(self, step: StepResult) -> None:
+    def _tell_saved(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None:
+            self.events.tell("checkpoint_saved", run=self.run, checkpoint=checkpoint)
+
+    def _validate(self, step: int, epoch: int) -> None:
         """Measure the loss on held-out images, if there are any and it is time."""
-        due = validation_due(self.config, self.prepared.counts, step.step)
+        due = validation_due(self.config, self.prepared.counts, step)
         if self.validation is None or not due:
             return
         with self.run.evaluation():
-            result = self.validation.after(step.step, step.epoch, due)
-        self.result.validations.append(result)
+            result = self.validation.after(step, epoch, due)
+        results = self.result.validations
+        results.append(result)
+        if self.config.output.save_best and best_of(results) is result:
+            best = SavePoint(kind="best", number=step)
+            self._tell_saved(self.saver.save(best, step, epoch))
         self.events.tell("validation_finished", run=self.run, result=result)
+
+    def _validate_what_was_resumed(self) -> None:
+        """Validate the step of the state, which was saved before that was done."""
+        step, results = self.result.steps, self.result.validations
+        if self.prepared.resume is not None and not (results and results[-1].step == step):
+            self._validate(step, -(-step // self.prepared.counts.steps_per_epoch))
+
+    def _is_out_of_patience(self) -> bool:
+        """Tell whether to stop because the loss on held-out images has not fallen for long."""
+        results, patience = self.result.validations, self.config.training.early_stop_patience
+        early = self.result.steps < self.prepared.counts.total
+        if early and patience_is_over(results, patience) and not self.result.stopped_early:
+            self.result.stopped_early = True
+            best = best_of(results)
+            logger.info(
+                "stopped early after step %d: %d times in a row the loss on held-out images was "
+                "no lower than %s",
+                self.result.steps,
+                patience,
+                f"{best.loss:.4f} after step {best.step}" if best else "any",
+            )
+        return self.result.stopped_early
 
     def _rescue(self, last: StepResult | None, error: Exception) -> None:
         """Save the weights and the state of the last whole step, before ``error`` ends the run."""
@@ -295,7 +333,7 @@ class Trainer:
         self.record.write(
             self.run.output_dir / f"{self.run.name}.run.json",
             {
-                "status": _status(error, self.result.exit_code),
+                "status": _status(error, self.result),
                 "steps": self.result.steps,
                 "skipped_steps": self.result.skipped_steps,
                 "final_loss": self.result.final_loss,
@@ -316,8 +354,14 @@ class Trainer:
             )
         self.saver.restore(point)
         watched = load_observers(point.folder)
-        if "history" in watched:
-            self.history.load_state_dict(watched["history"])
+        self.history.load_state_dict(watched["history"])
+        results = watched["validations"]["results"]
+        self.result.validations = [ValidationResult.from_json(result) for result in results]
+
+    def _watched(self) -> dict[str, dict[str, Any]]:
+        """Give what a state keeps of what was seen so far."""
+        results = [result.as_json() for result in self.result.validations]
+        return {"history": self.history.state_dict(), "validations": {"results": results}}
 
     def _build_step(self, device: torch.device) -> Step:
         config, model, adapter = self.config, self.model, self.assembly.adapter
@@ -475,7 +519,9 @@ def _accelerator(config: RunConfig) -> Accelerator:
     return accelerator
 
 
-def _status(error: BaseException | None, exit_code: int) -> str:
+def _status(error: BaseException | None, result: RunResult) -> str:
     if error is not None:
         return f"failed: {type(error).__name__}: {error}"
-    return "interrupted" if exit_code else "complete"
+    if result.exit_code:
+        return "interrupted"
+    return "stopped early" if result.stopped_early else "complete"

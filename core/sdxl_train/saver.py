@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from sdxl_train.assembly import Assembly
     from sdxl_train.counts import SavePoint
     from sdxl_train.evaluation import Evaluation
-    from sdxl_train.loop import StepResult
     from sdxl_train.preflight import Prepared
     from sdxl_train.record import RunRecord
     from sdxl_train.resume import ResumePoint
@@ -53,8 +52,9 @@ class Saver:
         watched: Gives what a state holds beside, of what was seen so far.
 
     Attributes:
-        files: The networks that this run wrote and that are still there.
-        network_at: The step of the newest network that this run saved.
+        files: The networks that this run wrote and that are still there, the newest last; before
+            all others the best one.
+        network_at: The step of the newest network that this run saved, but for the best one.
         state_at: The step of the newest state that this run saved.
     """
 
@@ -84,7 +84,7 @@ class Saver:
         self.state_at: int | None = None
         self._dataset = dataset_digest(prepared.scan)
 
-    def save(self, point: SavePoint, step: StepResult) -> Checkpoint | None:
+    def save(self, point: SavePoint, step: int, epoch: int) -> Checkpoint | None:
         """Write what falls due, the state beside the network; give the network, if any.
 
         Raises:
@@ -94,9 +94,9 @@ class Saver:
         folder = self.output.output_dir
         checkpoint = None
         if point.network:
-            checkpoint = self._save_network(point, step)
+            checkpoint = self._save_network(point, step, epoch)
         if point.state:
-            self._save_state(folder / state_name(self.output, point), step.step)
+            self._save_state(folder / state_name(self.output, point), step)
         for gone in prune(self.output, point):
             self.files = [file for file in self.files if file != gone]
             if gone.is_dir():
@@ -105,23 +105,27 @@ class Saver:
                 gone.unlink()
         return checkpoint
 
-    def _save_network(self, point: SavePoint, step: StepResult) -> Checkpoint:
+    def _save_network(self, point: SavePoint, step: int, epoch: int) -> Checkpoint:
         path = self.output.output_dir / file_name(self.output, point)
         dtype = SAVED_DTYPES[saved_precision(self.prepared.config)]
         save_as = self.output.save_model_as
         with self.evaluation.final_weights():
             tensors = self.assembly.adapter.state_dict()
-            metadata = self.record.metadata(step=step.step, epoch=step.epoch)
+            metadata = self.record.metadata(step=step, epoch=epoch)
             if save_as in FOLDER_FORMATS:
                 tensors, told = self.assembly.model.diffusers_network(tensors)
                 metadata |= told
             needed = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
             require_room(path.parent, needed, path.name)
             save_network(path, tensors, metadata, dtype=dtype, save_as=save_as)
-        self.files = [*(file for file in self.files if file != path), path]
-        self.network_at = step.step
+        others = [file for file in self.files if file != path]
+        if point.kind == "best":
+            self.files = [path, *others]
+        else:
+            self.files = [*others, path]
+            self.network_at = step
         logger.info("saved %s", path)
-        return Checkpoint(path=path, kind=point.kind, step=step.step, epoch=step.epoch)
+        return Checkpoint(path=path, kind=point.kind, step=step, epoch=epoch)
 
     def restore(self, point: ResumePoint) -> None:
         """Put weights, optimizer and schedule back as they were.

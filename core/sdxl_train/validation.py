@@ -13,7 +13,7 @@ from sdxl_train.loop import batch_loss
 from sdxl_train.rng import Streams
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -50,6 +50,20 @@ class ValidationResult:
     images: int
     due: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ValidationResult:
+        """Read what :meth:`as_json` gave."""
+        loss, losses = values["loss"], values["losses"]
+        return cls(
+            step=values["step"],
+            epoch=values["epoch"],
+            loss=math.nan if loss is None else loss,
+            timesteps=tuple(values["timesteps"]),
+            losses=tuple(math.nan if each is None else each for each in losses),
+            images=values["images"],
+            due=tuple(values["due"]),
+        )
+
     def as_json(self) -> dict[str, Any]:
         """Give plain JSON values; a loss that is not finite, which JSON cannot write, is None."""
         return {
@@ -61,6 +75,21 @@ class ValidationResult:
             "images": self.images,
             "due": list(self.due),
         }
+
+
+def best_of(results: Sequence[ValidationResult]) -> ValidationResult | None:
+    """Give the first of those with the lowest loss; None if no loss is finite."""
+    finite = [result for result in results if math.isfinite(result.loss)]
+    return min(finite, key=lambda result: result.loss, default=None)
+
+
+def patience_is_over(results: Sequence[ValidationResult], patience: int | None) -> bool:
+    """Tell whether the newest ``patience`` results in a row are no better than one before them."""
+    return (
+        patience is not None
+        and len(results) > patience
+        and best_of(results) not in results[len(results) - patience :]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,8 +36,8 @@ class TestTrackers(ObserverContract):
     component = Trackers
 
     @pytest.fixture(autouse=True)
-    def logs(self, tmp_path: Path) -> None:
-        self.options = {"logging_dir": tmp_path, "log_config": True}
+    def logs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(type(self), "options", {"logging_dir": tmp_path, "log_config": True})
 
 
 def write_lora(path: Path) -> None:

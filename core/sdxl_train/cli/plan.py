@@ -23,8 +23,8 @@ usage: sdxl-train plan FLAGS [--json]
 {_SUMMARY}
 
   FLAGS    those of training: see `sdxl-train --help`
-  --json   one object: plugins, options, dataset, steps, saves, samples, modules, groups, memory,
-           warnings, errors; with errors, the exit code is 2"""
+  --json   one object: plugins, options, dataset, steps, saves, samples, validations, modules,
+           groups, memory, warnings, errors; with errors, the exit code is 2"""
 
 
 def run(invocation: Invocation) -> int:
@@ -75,6 +75,8 @@ def print_plan(plan: Plan) -> None:
     ]
     if plan.samples:
         rows.append(("samples", _after_steps(plan.samples)))
+    if plan.validations:
+        rows.append(("validation", _after_steps(plan.validations)))
     for part in plan.modules.values():
         adapted = f"{part.modules} modules, {part.parameters:,} parameters"
         rows.append((part.title, adapted if part.modules else "not trained"))

@@ -28,7 +28,7 @@ from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
 from sdxl_lora_plugins.observers.trackers import Trackers
-from sdxl_train import LibraryOptimizer, hookimpl
+from sdxl_train import hookimpl
 
 if TYPE_CHECKING:
     from sdxl_train import (
@@ -76,12 +76,17 @@ def register_optimizers() -> dict[str, type[Optimizer]]:
         "Adadelta": optimizers.Adadelta,
         "RMSprop": optimizers.RMSprop,
         "SGD": optimizers.Sgd,
-        "ASGD": LibraryOptimizer.of("torch.optim.ASGD"),
-        "Rprop": LibraryOptimizer.of("torch.optim.Rprop"),
-        "Muon": LibraryOptimizer.of("torch.optim.Muon"),
+        "ASGD": optimizers.OfTorch.of("torch.optim.ASGD"),
+        "Rprop": optimizers.OfTorch.of("torch.optim.Rprop"),
+        "Muon": optimizers.OfTorch.of("torch.optim.Muon"),
     }
     paths = {f"torch.optim.{name}": optimizer for name, optimizer in named.items()}
-    return named | {"SGDNesterov": optimizers.SgdNesterov} | paths
+    others: dict[str, type[Optimizer]] = {
+        "SGDNesterov": optimizers.SgdNesterov,
+        "Adafactor": optimizers.Adafactor,
+        "transformers.optimization.Adafactor": optimizers.Adafactor,
+    }
+    return named | others | paths
 
 
 @hookimpl
@@ -100,6 +105,7 @@ def register_schedulers() -> dict[str, type[Scheduler]]:
         "warmup_stable_decay": schedulers.WarmupStableDecay,
         "piecewise_constant": schedulers.PiecewiseConstant,
         "rex": schedulers.Rex,
+        "adafactor": schedulers.AdafactorRates,
     }
 
 

@@ -329,3 +329,23 @@ class Rex(Scheduler):
         return _schedule(
             optimizer, _warmed_up(steps, lambda progress: 2 * (1 - progress) / (2 - progress))
         )
+
+
+class AdafactorRates(Scheduler):
+    """The rate that Adafactor sets itself, as sd-scripts calls it; nothing else takes it."""
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse it with what does not set its rate itself."""
+        if config.optimizer.brings_schedule() is None:
+            yield Problem(
+                place=f"{config.place('lr_scheduler')}, {config.place('optimizer_type')}",
+                message=f"adafactor shows the rate that Adafactor sets itself with relative_step, "
+                f"and the optimizer is {config.name_of('optimizer')}",
+                remedy="use --optimizer_type Adafactor, or another schedule",
+            )
+
+    def build(
+        self, optimizer: torch.optim.Optimizer, steps: StepPlan
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Leave the rate as it is: the optimizer brings its own schedule."""
+        return _schedule(optimizer, lambda step: 1.0)

@@ -98,14 +98,9 @@ def _require_one_rate(config: RunConfig, groups: Sequence[dict[str, Any]]) -> No
     """
     if not config.optimizer.single_lr or len({group["lr"] for group in groups}) == 1:
         return
-    given = [
-        config.place(name)
-        for name in config.settings
-        if name.endswith(("_lr", "_lr1", "_lr2", "_lr_ratio")) or name == "learning_rate"
-    ]
     rates = ", ".join(f"{group['name']} {group['lr']:g}" for group in groups)
     raise UserError.of(
-        ", ".join([config.place("optimizer_type"), *given]),
+        ", ".join([config.place("optimizer_type"), *config.given_rates()]),
         f"{config.name_of('optimizer')} has one learning rate for all groups, not {rates}",
         "leave the rates of the parts and LoRA+ out, and set --learning_rate 1",
     )

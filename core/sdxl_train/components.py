@@ -391,6 +391,10 @@ class Network(Component):
         """Attach a new network to ``model.parts``. It must work on the meta device too."""
 
 
+DecayRate: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+"""The share of a running mean that each step keeps: the betas of Adam and its kin."""
+
+
 class Optimizer(Component):
     """An optimizer.
 
@@ -413,6 +417,17 @@ class Optimizer(Component):
     @abstractmethod
     def build(self, groups: Sequence[dict[str, Any]]) -> TorchOptimizer:
         """Build over torch parameter groups: dicts with ``params``, ``lr`` and ``name``."""
+
+    def brings_schedule(self) -> str | None:
+        """Name the schedule of an optimizer that pays no heed to the rates of its groups.
+
+        None where they and the run's schedule act.
+        """
+        return None
+
+    def build_schedule(self, optimizer: TorchOptimizer) -> LRScheduler:
+        """Build what :meth:`brings_schedule` names, in place of the run's schedule."""
+        raise NotImplementedError
 
 
 def _steps_or_share(value: object) -> object:

@@ -29,6 +29,10 @@ from sdxl_train.options import Setting, options_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch.optim import Optimizer as TorchOptimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from sdxl_train.components import StepPlan
     from sdxl_train.plugins import FoundPlugin
     from sdxl_train.registry import Entry
 
@@ -65,7 +69,14 @@ class ComponentOptions(OptionModel):
     optimizer_args: list[str] | dict[str, Any] | None = Field(
         None, description="Further options of the optimizer, as key=value."
     )
+    use_8bit_adam: bool = Field(False, description="Short for --optimizer_type AdamW8bit.")
+    use_lion_optimizer: bool = Field(False, description="Short for --optimizer_type Lion.")
     lr_scheduler: str | None = Field(None, description="Learning-rate schedule.")
+    lr_scheduler_type: str | None = Field(
+        None,
+        description="Schedule by its class: one of torch's by name, others by dotted path. "
+        "Takes precedence over --lr_scheduler.",
+    )
     lr_scheduler_args: list[str] | dict[str, Any] | None = Field(
         None, description="Further options of the schedule, as key=value."
     )
@@ -89,6 +100,11 @@ class TrainingOptions(OptionModel):
         1, ge=1, description="Batches for each optimizer step."
     )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0 = off.")
+    fused_backward_pass: bool = Field(
+        False,
+        description="Step inside the backward pass, so that gradients take no memory. Each one is "
+        "clipped by its own norm.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Precision of the frozen weights and of the computation."
     )
@@ -243,6 +259,20 @@ class RunConfig:
     def name_of(self, kind: str) -> str:
         """Give the name under which the component of a kind was chosen: ``networks.lora``."""
         return next(entry.name for entry in self.entries if entry.kind.name == kind)
+
+    def given_rates(self) -> list[str]:
+        """Give the places where the user set learning rates, or factors of them."""
+        return [
+            self.place(name)
+            for name in self.settings
+            if name.endswith(("_lr", "_lr1", "_lr2", "_lr_ratio")) or name == "learning_rate"
+        ]
+
+    def build_schedule(self, optimizer: TorchOptimizer, steps: StepPlan) -> LRScheduler:
+        """Build the schedule of the run, or the one that its optimizer brings with it."""
+        if self.optimizer.brings_schedule() is not None:
+            return self.optimizer.build_schedule(optimizer)
+        return self.scheduler.build(optimizer, steps)
 
     def options(self) -> dict[str, dict[str, Any]]:
         """Give the value and origin of every option in use, as plain JSON values.

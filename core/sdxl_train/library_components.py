@@ -142,6 +142,18 @@ class LibraryOptimizer(OfLibrary, Optimizer):
         )
         return built
 
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Let the constructor refuse what a signature does not tell, on a parameter of its own."""
+        if not self.has_signature:
+            return
+        from torch import nn, zeros
+
+        group = {"params": [nn.Parameter(zeros(2, 2))], "lr": self.learning_rate, "name": "trial"}
+        try:
+            self.build([group])
+        except UserError as error:
+            yield from error.problems
+
     @classmethod
     def _require_fit(cls, target: Any) -> None:
         from torch.optim import Optimizer as TorchOptimizer

@@ -116,6 +116,9 @@ class Step:
     scheduler: LRScheduler
     normalize_masks: bool = False
     """Divide a masked loss by the masked share of the sample."""
+    steps_in_backward: bool = False
+    """The optimizer steps while gradients come in (see :mod:`.fused`); ``clip`` gives their norm.
+    """
     was_skipped: Callable[[], bool] | None = None
     """Set where a gradient scaler is at work: it skips steps whose gradients are not finite."""
     updating: bool = field(default=False, init=False)
@@ -133,19 +136,22 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
 
     Raises:
         TrainingError: If a loss or gradient is not finite. The weights are still those of the
-            step before.
+            step before, unless ``step.updating`` says otherwise.
     """
     skipped_in_a_row = 0
     for number, group in enumerate(steps, start=start + 1):
-        parts = []
+        rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
+        parts: list[BatchLoss] = []
         for position, batch in enumerate(group.batches):
             loss = batch_loss(batch, step, (number, position))
-            step.backward(loss.mean / len(group.batches))
             parts.append(replace(loss, mean=loss.mean.detach()))
+            if step.steps_in_backward:
+                _require_finite([loss.mean.detach()], None, number, group.batches, step)
+                step.updating = True
+            step.backward(loss.mean / len(group.batches))
         losses = [part.mean for part in parts]
         grad_norm = step.clip()
         _require_finite(losses, grad_norm, number, group.batches, step)
-        rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
         step.updating = True
         step.optimizer.step()
         estimates = _estimated_rates(step.optimizer)
@@ -233,19 +239,28 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
 
 def _require_finite(
     losses: Sequence[Tensor],
-    grad_norm: Tensor,
+    grad_norm: Tensor | None,
     number: int,
     batches: Sequence[Batch],
     step: Step,
 ) -> None:
+    """Raise TrainingError unless losses and gradient, as far as it is known, are finite."""
     total = torch.stack(list(losses)).sum()
-    if torch.isfinite(total if step.was_skipped else total + grad_norm):
+    counts = grad_norm is not None and step.was_skipped is None
+    if torch.isfinite(total + grad_norm if counts else total):
         return
-    raise TrainingError(_diagnosis(losses, grad_norm, number, batches))
+    outcome = "the step was not applied"
+    if step.updating:
+        outcome = "the run ends with parts of the step applied; go on from a saved state"
+    raise TrainingError(_diagnosis(losses, grad_norm, number, batches, outcome))
 
 
 def _diagnosis(
-    losses: Sequence[Tensor], grad_norm: Tensor, number: int, batches: Sequence[Batch]
+    losses: Sequence[Tensor],
+    grad_norm: Tensor | None,
+    number: int,
+    batches: Sequence[Batch],
+    outcome: str,
 ) -> str:
     """Say what is not finite and in which images, looking only now that it matters."""
     broken = [
@@ -273,8 +288,7 @@ def _diagnosis(
     else:
         what = "the gradient is not finite"
         cause = "Likely cause: a learning rate that is too high"
-    mean = torch.stack(list(losses)).mean().item()
-    return (
-        f"step {number}: {what} (loss {mean:g}, gradient norm {grad_norm.item():g}), so the step "
-        f"was not applied. Images: {named}. {cause}"
-    )
+    figures = f"loss {torch.stack(list(losses)).mean().item():g}"
+    if grad_norm is not None:
+        figures += f", gradient norm {grad_norm.item():g}"
+    return f"step {number}: {what} ({figures}), so {outcome}. Images: {named}. {cause}"

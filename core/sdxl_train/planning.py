@@ -61,7 +61,7 @@ def make_plan(prepared: Prepared) -> Plan:
     groups = [
         {
             "name": group["name"],
-            "lr": group["lr"],
+            "lr": None if config.optimizer.brings_schedule() else group["lr"],
             "tensors": len(group["params"]),
             "parameters": sum(parameter.numel() for parameter in group["params"]),
         }
@@ -128,7 +128,7 @@ def _try_components(prepared: Prepared, assembly: Assembly) -> None:
         partial(config.loss.build, schedule),
         *(partial(noise.build, schedule) for noise in config.noises),
         *(partial(weighting.build, schedule) for weighting in config.weightings),
-        lambda: config.scheduler.build(config.optimizer.build(groups), prepared.counts.step_plan),
+        lambda: config.build_schedule(config.optimizer.build(groups), prepared.counts.step_plan),
     ]
     if config.output.save_model_as in FOLDER_FORMATS:
         builds.append(partial(_try_format, config, assembly))
@@ -188,11 +188,14 @@ def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:
 
     trained_width = WEIGHT_DTYPES[prepared.config.training.trained_precision].itemsize
     network = sum(parameter.numel() for parameter in assembly.parameters) * trained_width
+    gradients = network
+    if prepared.config.training.fused_backward_pass:
+        gradients = max(parameter.numel() for parameter in assembly.parameters) * trained_width
     samples = bool(_sample_steps(prepared))
     return {
         "denoiser_bytes": frozen(assembly.model.denoiser),
         "text_encoder_bytes": sum(frozen(encoder) for encoder in assembly.model.text_encoders),
         "network_bytes": network,
-        "gradient_bytes": network,
+        "gradient_bytes": gradients,
         **({"sample_decoder_bytes": assembly.model.sampler().decoder_bytes} if samples else {}),
     }

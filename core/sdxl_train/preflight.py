@@ -209,6 +209,7 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             remedy="put the folder in --output_dir",
         )
     yield from _precision_problems(config)
+    yield from _fusion_problems(config)
     yield from _merge_problems(config)
     if config.optimizer.own_schedule and not config.scheduler.default:
         yield Problem(
@@ -245,6 +246,28 @@ def _precision_problems(config: RunConfig) -> Iterator[Problem]:
                 message=f"does not go with {config.place('optimizer_type')} "
                 f"{config.name_of('optimizer')}, which swaps its weights outside of its steps",
                 remedy="leave one of them out",
+            )
+
+
+def _fusion_problems(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    if not training.fused_backward_pass:
+        return
+    accumulated = training.gradient_accumulation_steps
+    hindrances = {
+        f"{config.place('optimizer_type')} {config.name_of('optimizer')}, which cannot step "
+        "parameters one by one": not config.optimizer.fused_backward,
+        f"{config.place('gradient_accumulation_steps')} {accumulated}: gradients that are freed "
+        "at once cannot add up": accumulated > 1,
+        f"{config.place('mixed_precision')} fp16, whose gradients are scaled until all are "
+        "there": training.mixed_precision == "fp16",
+    }
+    for hindrance, is_there in hindrances.items():
+        if is_there:
+            yield Problem(
+                place=config.place("fused_backward_pass"),
+                message=f"does not go with {hindrance}",
+                remedy="leave one of them out; docs/optimizers.md names the optimizers that can",
             )
 
 
@@ -308,7 +331,13 @@ def _remarks(config: RunConfig) -> Iterator[str]:
                 "metadata"
             )
     yield from _idle_options(config)
-    if not config.is_set("learning_rate") and not config.optimizer.single_lr:
+    if training.fused_backward_pass and training.max_grad_norm:
+        yield (
+            f"{config.place('max_grad_norm')} is {training.max_grad_norm:g}: with "
+            f"--fused_backward_pass it limits each gradient by itself; 0 = off"
+        )
+    finds_rates = config.optimizer.single_lr or config.optimizer.brings_schedule()
+    if not config.is_set("learning_rate") and not finds_rates:
         yield (
             f"--learning_rate is not set: sd-scripts' default of "
             f"{config.optimizer.learning_rate:g} is low for a network; 1e-4 is usual"

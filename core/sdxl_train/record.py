@@ -84,6 +84,9 @@ class RunRecord:
         """Give the options in use under sd-scripts' names; what a run lacks reads ``None``."""
         config, counts = self.config, self.counts
         used = {name: item["value"] for name, item in config.options().items()}
+        schedule = config.optimizer.brings_schedule()
+        if schedule is not None:
+            used |= dict.fromkeys(_RATES)
         recorded = {f"ss_{name}": used.get(name, idle) for name, idle in _RECORDED_OPTIONS.items()}
         return recorded | {
             "ss_session_id": self.session,
@@ -98,7 +101,7 @@ class RunRecord:
             "ss_network_module": config.name_of("network"),
             "ss_debiased_estimation": used.get("debiased_estimation_loss", False),
             "ss_loss_type": config.name_of("loss"),
-            "ss_lr_scheduler": config.name_of("scheduler"),
+            "ss_lr_scheduler": schedule or config.name_of("scheduler"),
             "ss_training_comment": config.metadata.training_comment,
             "ss_sd_scripts_commit_hash": f"sdxl-train {__version__}",
         }
@@ -166,6 +169,7 @@ class RunRecord:
         write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
+_RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
 _RECORDED_OPTIONS: dict[str, object] = {
     "learning_rate": None,
     "text_encoder_lr": None,

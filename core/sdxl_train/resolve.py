@@ -7,7 +7,7 @@ What nothing consumes is a mistake.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sdxl_train.components import (
@@ -32,6 +32,7 @@ from sdxl_train.errors import Problem
 from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import Setting, Words, options_of, parse_pairs, suggestion, validate
 from sdxl_train.plugins import PluginError
+from sdxl_train.settings import is_on, texts_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -48,6 +49,9 @@ REFUSED = {
     ),
 }
 """Options of sd-scripts that are refused, with the reason and what to do instead."""
+
+_SHORT_FOR = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}
+"""sd-scripts' old switches, by the optimizer that each one chooses."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +87,7 @@ class Resolver:
         """Resolve everything; see :class:`Resolution`."""
         host = self._core(HostOptions)
         self._enable_plugins()
+        self._settle_other_spellings()
         choices = self._core(ComponentOptions) or ComponentOptions()
         entries = [*self._single_entries(choices), *self._stacked_entries(choices)]
         built = [(entry, self._build(entry)) for entry in entries]
@@ -116,6 +121,30 @@ class Resolver:
             names = list(value.words) if isinstance(value, Words) else _texts(value)
         place = setting.place if setting else "--plugin"
         self.host.apply([(name, place) for name in names], self.problems)
+
+    def _settle_other_spellings(self) -> None:
+        """Let what sd-scripts spells in several ways choose a component in one."""
+        for option, name in _SHORT_FOR.items():
+            setting = self.settings.get(option)
+            if setting is None or not is_on(setting):
+                continue
+            other = self.settings.get("optimizer_type")
+            if other is not None:
+                message, remedy = "both say which optimizer", "leave one of them out"
+                place = f"{setting.place}, {other.place}"
+                self.problems.append(Problem(place=place, message=message, remedy=remedy))
+            self.settings["optimizer_type"] = replace(setting, value=name)
+        by_class = self.settings.get("lr_scheduler_type")
+        name = " ".join(texts_of(by_class))
+        if by_class is None or not name:
+            return
+        if "lr_scheduler" in self.settings:
+            self.notices.append(
+                f"{self.settings['lr_scheduler'].place} has no effect: {by_class.place} takes "
+                "precedence"
+            )
+        path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
+        self.settings["lr_scheduler"] = replace(by_class, value=path)
 
     def _core(self, model: type[OptionsT]) -> OptionsT | None:
         mine = {name: s for name, s in self.settings.items() if name in model.model_fields}

@@ -25,6 +25,7 @@ from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
 from sdxl_train.events import Events
+from sdxl_train.fused import FusedBackward
 from sdxl_train.history import History
 from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.record import RunRecord, describe_optimizer
@@ -173,7 +174,12 @@ class Trainer:
             swaps_weights=config.optimizer.train_eval_modes,
             autocast=self.accelerator.autocast,
         )
-        self.scheduler = config.scheduler.build(optimizer, prepared.counts.step_plan)
+        self.scheduler = config.build_schedule(optimizer, prepared.counts.step_plan)
+        self.fused = (
+            FusedBackward(optimizer, config.training.max_grad_norm)
+            if config.training.fused_backward_pass
+            else None
+        )
         self.step = self._build_step(device)
         self.result = RunResult()
         self.record = self._build_record()
@@ -381,7 +387,8 @@ class Trainer:
             streams=Streams(self.prepared.seed, device),
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,
-            clip=self._clip,
+            clip=self.fused.grad_norm if self.fused else self._clip,
+            steps_in_backward=self.fused is not None,
             limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
             optimizer=self.optimizer,
             scheduler=self.scheduler,

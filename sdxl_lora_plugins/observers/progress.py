@@ -58,7 +58,9 @@ class _ProgressBar:
         if now - self._shown_at > self._SECONDS_BETWEEN_BARS or step.step == self.total:
             self._shown_at = now
             rate = next(iter(step.learning_rates.values()))
-            self._bar.set_postfix_str(f"loss {step.loss.item():.4f}, lr {rate:.3g}")
+            estimated = (v for k, v in step.metrics.items() if k.startswith("lr/d*lr/"))
+            found = "".join(f", d*lr {value.item():.3g}" for value in list(estimated)[:1])
+            self._bar.set_postfix_str(f"loss {step.loss.item():.4f}, lr {rate:.3g}{found}")
 
     def run_finished(self) -> None:
         if self._bar is not None:

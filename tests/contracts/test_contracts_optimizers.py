@@ -54,6 +54,11 @@ class TestSgdNesterov(OptimizerContract):
     component = optimizers.SgdNesterov
 
 
+class TestAdafactor(OptimizerContract):
+    component = optimizers.Adafactor
+    options = {"relative_step": False, "scale_parameter": False}
+
+
 class TestConstant(SchedulerContract):
     component = schedulers.Constant
     ends_at = 1.0

@@ -81,7 +81,8 @@ def print_plan(plan: Plan) -> None:
         adapted = f"{part.modules} modules, {part.parameters:,} parameters"
         rows.append((part.title, adapted if part.modules else "not trained"))
     for group in plan.groups:
-        rows.append((f"group {group['name']}", f"{group['tensors']} tensors at {group['lr']:g}"))
+        rate = "rates of the optimizer's own" if group["lr"] is None else f"{group['lr']:g}"
+        rows.append((f"group {group['name']}", f"{group['tensors']} tensors at {rate}"))
     weights = sum(plan.memory.values())
     rows.append(("memory", f"{weights / 1e9:.2f} GB of weights and gradients, plus activations"))
     rows.append(("plugins", ", ".join(_plugin(plugin) for plugin in plan.plugins)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sdxl_train import Field, LibraryOptimizer, quiet
+from sdxl_train import DecayRate, Field, LibraryOptimizer, quiet
 
 
 class FromBitsandbytes(LibraryOptimizer):
@@ -37,7 +37,7 @@ class AdamW8bit(_Quantised):
 
     path: ClassVar[str] = "bitsandbytes.optim.AdamW8bit"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
@@ -78,7 +78,7 @@ class Lion8bit(_Quantised):
 
     path: ClassVar[str] = "bitsandbytes.optim.Lion8bit"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="Mix of gradient and momentum in the step, decay of the momentum."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")
@@ -95,10 +95,10 @@ class AdEMAMix8bit(_Quantised):
 
     path: ClassVar[str] = "bitsandbytes.optim.AdEMAMix8bit"
 
-    betas: tuple[float, float, float] = Field(
+    betas: tuple[DecayRate, DecayRate, DecayRate] = Field(
         (0.9, 0.999, 0.9999), description="Decay of gradient, squared gradient and slow momentum."
     )
-    alpha: float = Field(5.0, ge=0, description="Share of the slow momentum.")
+    alpha: float = Field(5.0, ge=0, description="DecayRate of the slow momentum.")
     t_alpha: int | None = Field(None, ge=1, description="Steps in which alpha rises to its value.")
     t_beta3: int | None = Field(None, ge=1, description="Steps in which the third beta rises.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sdxl_train import Field
+from sdxl_train import DecayRate, Field
 from sdxl_train_optimizers.further import FromPytorchOptimizer
 
 
@@ -15,8 +15,9 @@ class Came(FromPytorchOptimizer):
     """
 
     path: ClassVar[str] = "pytorch_optimizer.CAME"
+    fused_backward: ClassVar[bool] = True
 
-    betas: tuple[float, float, float] = Field(
+    betas: tuple[DecayRate, DecayRate, DecayRate] = Field(
         (0.9, 0.999, 0.9999),
         description="Decay of the means of steps, squared gradients and squared instability.",
     )

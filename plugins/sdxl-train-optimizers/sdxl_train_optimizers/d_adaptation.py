@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_train import Field, LibraryOptimizer, Problem
+from sdxl_train import DecayRate, Field, LibraryOptimizer, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class DAdaptAdam(_Growing):
 
     path: ClassVar[str] = "dadaptation.DAdaptAdam"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
@@ -54,7 +54,7 @@ class DAdaptAdamPreprint(_Growing):
 
     path: ClassVar[str] = "dadaptation.experimental.DAdaptAdamPreprint"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
@@ -77,7 +77,7 @@ class DAdaptAdan(_Growing):
 
     path: ClassVar[str] = "dadaptation.DAdaptAdan"
 
-    betas: tuple[float, float, float] = Field(
+    betas: tuple[DecayRate, DecayRate, DecayRate] = Field(
         (0.98, 0.92, 0.99),
         description="Decay of the means of gradients, of their differences and of squares.",
     )
@@ -97,7 +97,7 @@ class DAdaptLion(_Estimated):
 
     path: ClassVar[str] = "dadaptation.DAdaptLion"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="Shares of the running mean in a step, and in the next mean."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")

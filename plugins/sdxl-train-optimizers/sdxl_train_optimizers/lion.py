@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sdxl_train import Field
+from sdxl_train import DecayRate, Field
 from sdxl_train_optimizers.further import FromPytorchOptimizer
 
 
@@ -15,9 +15,9 @@ class Lion(FromPytorchOptimizer):
     """
 
     path: ClassVar[str] = "pytorch_optimizer.Lion"
-    fused_backward: ClassVar[bool] = False
+    fused_backward: ClassVar[bool] = True
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="Shares of the running mean in a step, and in the next mean."
     )
     weight_decay: float = Field(0.0, ge=0, description="Decay of the weights, times the rate.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sdxl_train import Field, LibraryOptimizer
+from sdxl_train import DecayRate, Field, LibraryOptimizer
 
 
 class _ScheduleFree(LibraryOptimizer):
@@ -31,7 +31,9 @@ class SGDScheduleFree(_ScheduleFree):
 
     path: ClassVar[str] = "schedulefree.SGDScheduleFree"
 
-    momentum: float = Field(0.9, gt=0, lt=1, description="Share of the average in what is trained.")
+    momentum: float = Field(
+        0.9, gt=0, lt=1, description="DecayRate of the average in what is trained."
+    )
     warmup_steps: int = Field(0, ge=0, description="Steps in which the rate rises.")
 
 
@@ -40,9 +42,9 @@ class RAdamScheduleFree(_ScheduleFree):
 
     path: ClassVar[str] = "schedulefree.RAdamScheduleFree"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999),
-        description="Share of the average in what is trained, and decay of squared gradients.",
+        description="DecayRate of the average in what is trained, and decay of squared gradients.",
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
     silent_sgd_phase: bool = Field(
@@ -55,9 +57,9 @@ class AdamWScheduleFree(_ScheduleFree):
 
     path: ClassVar[str] = "schedulefree.AdamWScheduleFree"
 
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999),
-        description="Share of the average in what is trained, and decay of squared gradients.",
+        description="DecayRate of the average in what is trained, and decay of squared gradients.",
     )
     eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
     warmup_steps: int = Field(0, ge=0, description="Steps in which the rate rises.")

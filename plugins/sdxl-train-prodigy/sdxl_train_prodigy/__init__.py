@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_train import Field, LibraryOptimizer, hookimpl
+from sdxl_train import DecayRate, Field, LibraryOptimizer, hookimpl
 
 if TYPE_CHECKING:
     from sdxl_train import Optimizer
@@ -21,7 +21,7 @@ class Prodigy(LibraryOptimizer):
     single_lr: ClassVar[bool] = True
 
     learning_rate: float = Field(1.0, ge=0, description="Factor of the estimated rate, usually 1.")
-    betas: tuple[float, float] = Field(
+    betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
     )
     beta3: float | None = Field(

@@ -246,8 +246,9 @@ def _require_finite(
 ) -> None:
     """Raise TrainingError unless losses and gradient, as far as it is known, are finite."""
     total = torch.stack(list(losses)).sum()
-    counts = grad_norm is not None and step.was_skipped is None
-    if torch.isfinite(total + grad_norm if counts else total):
+    if grad_norm is not None and step.was_skipped is None:
+        total = total + grad_norm
+    if torch.isfinite(total):
         return
     outcome = "the step was not applied"
     if step.updating:

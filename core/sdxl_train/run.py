@@ -359,6 +359,8 @@ class Trainer:
                 "resume with the base model of the state, or add --allow_base_change",
             )
         self.saver.restore(point)
+        if self.config.training.reset_optimizer:
+            return  # the weights only: the rest may be what is corrupt
         watched = load_observers(point.folder)
         self.history.load_state_dict(watched["history"])
         results = watched["validations"]["results"]

@@ -62,7 +62,10 @@ def train(
     prepared = _prepared(options, components, events or {}, decode=True)
     for text in prepared.warnings:
         logger.warning("%s", text)
-    return execute(prepared, make_plan(prepared))
+    plan = make_plan(prepared)
+    for text in plan.warnings[len(prepared.warnings) :]:
+        logger.warning("%s", text)
+    return execute(prepared, plan)
 
 
 def _prepared(

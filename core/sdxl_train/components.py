@@ -183,6 +183,8 @@ class LoadedModel(Protocol):
     schedule: NoiseSchedule
     latent_scale: int
     """Pixels of the image for each latent pixel, along one side."""
+    max_tokens: int
+    """Tokens of a caption that are read; what is more is cut off."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [-1, 1] into latents [B, C, H/s, W/s], scaled for training.
@@ -192,6 +194,12 @@ class LoadedModel(Protocol):
 
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encode captions. Each tensor has the batch as its first dimension."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts of pictures, in which users may write what captions have no need of."""
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Count the tokens of each caption, also those that are cut off. Needs no weights."""
 
     def image_encoder_identity(self) -> Mapping[str, str]:
         """Give all that shapes what :meth:`encode_images` gives: weights (a hash), precision.

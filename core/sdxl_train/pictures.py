@@ -48,8 +48,8 @@ class ImageSampler(Protocol):
     def __call__(self, request: ImageRequest, text: Mapping[str, Tensor]) -> Tensor:
         """Generate a picture: fp32 [3, height, width] in [0, 1] on the CPU.
 
-        ``text`` is what the model's ``encode_text`` gives for the prompt and the negative prompt,
-        in this order. Draws from no global generator.
+        ``text`` is what the model's ``encode_prompts`` gives for the prompt and the negative
+        prompt, in this order. Draws from no global generator.
         """
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
 from sdxl_train.checkpoint import FOLDER_FORMATS, kept
 from sdxl_train.counts import SavePoint
+from sdxl_train.data.lengths import CaptionLengths
 from sdxl_train.data.report import dataset_report
 from sdxl_train.disk import room_problem, room_remark
 from sdxl_train.errors import UserError
@@ -68,13 +69,15 @@ def make_plan(prepared: Prepared) -> Plan:
         for group in assembly.groups
     ]
     room = _room(prepared, assembly)
+    model = assembly.model
+    lengths = CaptionLengths.of(prepared.scan, model.max_tokens, model.count_tokens)
     return Plan(
         plugins=[
             {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
             for plugin in config.plugins
         ],
         options=config.options(),
-        dataset=dataset_report(prepared.scan),
+        dataset={**dataset_report(prepared.scan), "captions": lengths.as_json()},
         steps={
             "batches_per_epoch": counts.batches_per_epoch,
             "epochs": counts.epochs,
@@ -87,7 +90,7 @@ def make_plan(prepared: Prepared) -> Plan:
         modules=assembly.parts,
         groups=groups,
         memory=_memory(prepared, assembly),
-        warnings=[*prepared.warnings, *_rate_remarks(config, groups), *room],
+        warnings=[*prepared.warnings, *lengths.remarks(), *_rate_remarks(config, groups), *room],
     )
 
 

@@ -57,6 +57,16 @@ class Sdxl(MemoryOptions):
     max_token_length: Literal[75, 150, 225] | None = Field(
         None, description="Tokens of a caption that are read. Default: 75."
     )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=12,
+        description="Layer of both text encoders whose output is used, counted from the last as 1. "
+        "Default: 2, on which SDXL was trained.",
+    )
+    weighted_captions: bool = Field(
+        False, description="Read weights in captions: (word:1.2), (more), [less]. \\( is a bracket."
+    )
     unet_lr: float | None = Field(
         None, ge=0, description="Rate of the U-Net. Default: learning_rate. 0: not adapted."
     )
@@ -134,6 +144,12 @@ class Sdxl(MemoryOptions):
             yield (
                 f"{config.place('text_encoder_batch_size')} has no effect: a text encoder trains, "
                 "and encodes whole batches"
+            )
+        if self.clip_skip not in (None, 2):
+            yield (
+                f"{config.place('clip_skip')} trains on layer {self.clip_skip} from the last of "
+                "the text encoders; SDXL and its clients use the second to last, which is the "
+                "default"
             )
         yield from self.memory_remarks(config)
         said = self._said()

@@ -68,7 +68,7 @@ class LoadedSdxl:
         rates: Learning rate by part (``unet``, ``te1``, ``te2``) for those that are adapted; None
             stands for the optimizer's.
         schedule: How the U-Net was trained: its noise, and what it predicts.
-        num_chunks: Chunks of 75 tokens that a caption may fill.
+        reading: How captions are read.
         latent_scaling: Factor from the VAE's latents to the U-Net's.
         origins: Where the weights came from.
         device: Where the networks are.
@@ -82,7 +82,7 @@ class LoadedSdxl:
         *,
         rates: Mapping[str, float | None],
         schedule: NoiseSchedule,
-        num_chunks: int,
+        reading: text.TextOptions,
         latent_scaling: float,
         origins: Origins,
         device: torch.device,
@@ -97,7 +97,8 @@ class LoadedSdxl:
         self.latent_scaling = latent_scaling
         self.tokenizers = modules.tokenizers
         self.vae: AutoencoderKL | None = modules.vae
-        self._num_chunks = num_chunks
+        self.max_tokens = reading.max_tokens
+        self._reading = reading
         self._device = device
         # Weights may be stored in less; what they are computed in is that of the first layer.
         self._dtype: torch.dtype = modules.unet.conv_in.weight.dtype
@@ -124,13 +125,38 @@ class LoadedSdxl:
         Returns:
             ``context`` [B, 75 n + 2, width of both encoders] and ``pooled`` [B, pooled width].
         """
+        return self._encode(captions, weighted=self._reading.weighted)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts, whose weights (``(word:1.2)``) always count, as in sd-scripts."""
+        return self._encode(prompts, weighted=True)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Count the tokens of captions, also those that are cut off."""
+        tokenizer = self.tokenizers[0]
+        if self._reading.weighted:
+            return [len(text.weighted_token_ids(tokenizer, caption)[0]) for caption in captions]
+        return [len(ids) for ids in text.token_ids(tokenizer, captions)]
+
+    def _encode(self, captions: Sequence[str], *, weighted: bool) -> dict[str, Tensor]:
         assert self.text_encoders, "the text encoders were released"
         states, pooled = [], None
+        num_chunks = self._reading.num_chunks
         for encoder, tokenizer, padding in zip(
             self.text_encoders, self.tokenizers, text.TEXT_ENCODER_PADDING, strict=True
         ):
-            ids = text.tokenize(tokenizer, captions, num_chunks=self._num_chunks, padding=padding)
-            hidden, pooled = text.encode(encoder, ids.to(self._device))
+            if weighted:
+                pairs = [text.weighted_token_ids(tokenizer, caption) for caption in captions]
+                tokens = [ids for ids, _ in pairs]
+            else:
+                tokens = text.token_ids(tokenizer, captions)
+            ids = text.in_chunks(tokenizer, tokens, num_chunks=num_chunks, padding=padding)
+            hidden, pooled = text.encode(
+                encoder, ids.to(self._device), layer=self._reading.clip_skip
+            )
+            if weighted:
+                weights = text.weights_of([w for _, w in pairs], num_chunks=num_chunks)
+                hidden = hidden * weights.to(hidden)
             states.append(hidden)
         assert pooled is not None
         return {"context": torch.cat(states, dim=-1), "pooled": pooled}
@@ -150,7 +176,9 @@ class LoadedSdxl:
         return {
             "the text encoders": weights_hash(self.text_encoders, []),
             "the tokenizers": text_hash(tokenizers),
-            "max_token_length": str(text.CHUNK_TOKENS * self._num_chunks),
+            "max_token_length": str(self.max_tokens),
+            "clip_skip": str(self._reading.clip_skip),
+            "weighted_captions": str(self._reading.weighted),
         }
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from sdxl_lora_plugins.model.sources import (
     vae_faults,
     vae_folder,
 )
-from sdxl_lora_plugins.model.text import CHUNK_TOKENS
+from sdxl_lora_plugins.model.text import CHUNK_TOKENS, USUAL_LAYER, TextOptions
 from sdxl_lora_plugins.model.tokenizer import load_tokenizers
 from sdxl_train import NoiseSchedule, Problem, UserError, is_finite
 
@@ -66,7 +66,7 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
         modules,
         rates=rates,
         schedule=_schedule(options, base),
-        num_chunks=(options.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
+        reading=_reading(options, modules),
         latent_scaling=scaling,
         origins=Origins(
             model=base.path if base.kind == "file" else None,
@@ -77,6 +77,27 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
         device=device,
         offloads=options.cpu_offload_checkpointing,
         keeps_memory=options.highvram,
+    )
+
+
+def _reading(options: Sdxl, modules: Modules) -> TextOptions:
+    """Give how captions are read.
+
+    Raises:
+        UserError: If there is no such layer to take.
+    """
+    layers = min(encoder.config.num_hidden_layers for encoder in (modules.te1, modules.te2))
+    if options.clip_skip is not None and options.clip_skip > layers:
+        raise UserError.of(
+            "--clip_skip",
+            f"takes layer {options.clip_skip} from the last, and a text encoder of this model has "
+            f"{layers}",
+            "leave it out, as is usual for SDXL",
+        )
+    return TextOptions(
+        num_chunks=(options.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
+        clip_skip=options.clip_skip or USUAL_LAYER,
+        weighted=options.weighted_captions,
     )
 
 

@@ -7,9 +7,12 @@ into chunks of 75 that are encoded apart and joined again.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import torch
+
+from sdxl_lora_plugins.model.prompt_weights import weighted_pieces
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +27,55 @@ CHUNK_TOKENS: Final = 75
 BOS: Final = 49406
 EOS: Final = 49407
 """First and last token of a text in CLIP's vocabulary."""
+USUAL_LAYER: Final = 2
+"""SDXL was trained on the states of the second-to-last layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How captions are read.
+
+    Attributes:
+        num_chunks: Chunks of 75 tokens that a caption may fill.
+        clip_skip: Which layer's states are taken, counted from the last one as 1.
+        weighted: Whether captions have weights in them: ``(word:1.2)``.
+    """
+
+    num_chunks: int = 1
+    clip_skip: int = USUAL_LAYER
+    weighted: bool = False
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of a caption that are read."""
+        return CHUNK_TOKENS * self.num_chunks
+
+
+def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Give the tokens of each text, all of them, without a first and a last one."""
+    if not texts:
+        return []
+    # Not verbose: or it warns of texts that are too long for one chunk, which is not so here.
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def weighted_token_ids(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[float]]:
+    """Give the tokens of a text with weights in it, and the weight of each."""
+    pieces = weighted_pieces(text)
+    parts = token_ids(tokenizer, [piece for piece, _ in pieces])
+    ids = [number for part in parts for number in part]
+    weights = [
+        weight for part, (_, weight) in zip(parts, pieces, strict=True) for _ in range(len(part))
+    ]
+    return ids, weights
+
+
+def weights_of(texts: Sequence[Sequence[float]], *, num_chunks: int) -> Tensor:
+    """Give the weights of all positions: fp32 [B, 75 num_chunks + 2, 1], 1 where no text is."""
+    length = CHUNK_TOKENS * num_chunks
+    rows = [[1.0, *weights[:length], *[1.0] * (length - len(weights)), 1.0] for weights in texts]
+    return torch.tensor(rows).unsqueeze(-1)
 
 
 def tokenize(
@@ -33,17 +85,23 @@ def tokenize(
 
     Text encoder 1 pads with the last token of a text (``padding`` None), text encoder 2 with 0.
     """
-    words = tokenizer(
-        list(captions),
-        add_special_tokens=False,
-        truncation=True,
-        max_length=CHUNK_TOKENS * num_chunks,
+    return in_chunks(
+        tokenizer, token_ids(tokenizer, captions), num_chunks=num_chunks, padding=padding
     )
+
+
+def in_chunks(
+    tokenizer: CLIPTokenizer,
+    texts: Sequence[Sequence[int]],
+    *,
+    num_chunks: int,
+    padding: int | None,
+) -> LongTensor:
+    """Put the tokens of texts into chunks, as :func:`tokenize` does."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     filler = eos if padding is None else padding
     chunks = [
-        chunk_tokens(ids, num_chunks=num_chunks, padding=filler, bos=bos, eos=eos)
-        for ids in words.input_ids
+        chunk_tokens(ids, num_chunks=num_chunks, padding=filler, bos=bos, eos=eos) for ids in texts
     ]
     return torch.tensor(chunks)  # type: ignore[return-value]
 
@@ -83,17 +141,22 @@ def chunk_tokens(
 
 
 def encode(
-    encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor
+    encoder: CLIPTextModel | CLIPTextModelWithProjection, ids: Tensor, *, layer: int = USUAL_LAYER
 ) -> tuple[Tensor, Tensor | None]:
     """Encode chunks of token ids, int64 [B, n, 77].
 
+    Args:
+        encoder: One of SDXL's two.
+        ids: The tokens.
+        layer: Whose states are taken, counted from the last one as 1.
+
     Returns:
-        The second-to-last hidden states without a final norm, joined: [B, 75 n + 2, width]; and, if
+        The hidden states of the layer without a final norm, joined: [B, 75 n + 2, width]; and, if
         the encoder has a projection, that of the first chunk at its first EOS: [B, pooled width].
     """
     batch, num_chunks, _ = ids.shape
     output = encoder(input_ids=ids.flatten(0, 1), output_hidden_states=True)
-    states = output.hidden_states[-2].unflatten(0, (batch, num_chunks))
+    states = output.hidden_states[-layer].unflatten(0, (batch, num_chunks))
     inner = states[:, :, 1:-1].flatten(1, 2)
     joined = torch.cat([states[:, 0, :1], inner, states[:, -1, -1:]], dim=1)
     projected = getattr(output, "text_embeds", None)

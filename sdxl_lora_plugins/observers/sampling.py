@@ -99,7 +99,7 @@ class Sampling:
         )
 
     def _encode(self, request: ImageRequest) -> Mapping[str, Tensor]:
-        return self.model.encode_text([request.prompt, request.negative_prompt])
+        return self.model.encode_prompts([request.prompt, request.negative_prompt])
 
     def _request(self, index: int, prompt: SamplePrompt) -> ImageRequest:
         """Fill in what a prompt leaves open; a seed so that its pictures can be compared."""

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
+from sdxl_lora_plugins.model.text import TextOptions
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
 from sdxl_lora_plugins.networks import Lora
 from sdxl_lora_plugins.optimizers import AdamW
@@ -146,7 +147,7 @@ def attach_full_size(full_size_modules: Modules) -> Callable[..., Assembly]:
             full_size_modules,
             rates=component.rates(),
             schedule=NoiseSchedule.scaled_linear(),
-            num_chunks=1,
+            reading=TextOptions(),
             latent_scaling=0.13025,
             origins=Origins(model=None, model_name="sdxl"),
             device=torch.device("meta"),

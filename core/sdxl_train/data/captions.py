@@ -173,23 +173,36 @@ def possible_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
     return (kept, "") if options.drops_captions else (kept,)
 
 
+def fullest_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
+    """Give the longest captions that may be trained: of each line, with all tags."""
+    still = options.without_chance()
+    whole = _with_affixes(caption, options)
+    lines = whole.split("\n") if options.enable_wildcard else [whole]
+    return tuple(
+        _with_tags(_BRACES.sub(_longest, line) if options.enable_wildcard else line, still)
+        for line in lines
+    )
+
+
 def split_tags(caption: str, separator: str = ",") -> list[str]:
     """Give the tags of a caption, without blanks around them; empty ones are left out."""
     return [tag for part in caption.split(separator) if (tag := part.strip())]
 
 
 def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[str]:
-    """Say where options that keep tags cannot do so."""
+    """Say where options find nothing in the captions to act on."""
     mark, separator = options.keep_tokens_separator, options.caption_separator
-    if not mark and not options.keep_tokens:
-        return []
-    unmarked = short = total = 0
-    for caption in (line for lines in captions for line in lines.split("\n")):
-        total += 1
-        if mark and mark in caption:
-            continue
-        unmarked += bool(mark)
-        short += len(split_tags(caption, separator)) < options.keep_tokens
+    secondary = options.secondary_separator
+    unmarked = short = total = varied = parted = 0
+    for caption in captions:
+        varied += "\n" in caption or "{" in caption
+        parted += bool(secondary) and secondary in caption
+        for line in caption.split("\n"):
+            total += 1
+            if mark and mark in line:
+                continue
+            unmarked += bool(mark)
+            short += len(split_tags(line, separator)) < options.keep_tokens
     warnings = []
     if unmarked:
         warnings.append(f"keep_tokens_separator {mark!r} is not in {unmarked} of {total} captions")
@@ -197,6 +210,10 @@ def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[s
         warnings.append(
             f"keep_tokens {options.keep_tokens}: {short} of {total} captions have fewer tags"
         )
+    if total and options.enable_wildcard and not varied:
+        warnings.append("enable_wildcard: no caption has {red|blue} or a second line")
+    if total and secondary and not parted:
+        warnings.append(f"secondary_separator {secondary!r} is in none of the captions")
     return warnings
 
 
@@ -208,14 +225,15 @@ def _is_dropped(options: CaptionOptions, rng: random.Random, epoch: int) -> bool
 
 
 def _undropped(caption: str, options: CaptionOptions, rng: random.Random, step: int) -> str:
-    parts = (options.caption_prefix, caption, options.caption_suffix)
-    caption = " ".join(part for part in parts if part)
+    caption = _with_affixes(caption, options)
     if options.enable_wildcard:
         caption = _without_wildcards(caption, rng if options.enable_wildcard is True else None)
-    caption = _with_tags_varied(caption, options, rng, step)
-    if options.secondary_separator:
-        caption = caption.replace(options.secondary_separator, options.caption_separator)
-    return caption
+    return _with_tags(caption, options, rng, step)
+
+
+def _with_affixes(caption: str, options: CaptionOptions) -> str:
+    parts = (options.caption_prefix, caption, options.caption_suffix)
+    return " ".join(part for part in parts if part)
 
 
 _BRACES = re.compile(r"\{\{|\}\}|\{((?:[^{}]|\{\{?|\}\})++)\}|\{\}|[{}]")
@@ -225,14 +243,32 @@ def _without_wildcards(caption: str, rng: random.Random | None) -> str:
     """Draw a line and an alternative of each wildcard; without ``rng``, take the first ones."""
 
     def put(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return match[0] if match[0] == "{}" else match[0][0]
-        alternatives = match[1].split("|")
-        chosen = rng.choice(alternatives) if rng else alternatives[0]
-        return chosen.replace("{{", "{").replace("}}", "}")
+        alternatives = _alternatives(match)
+        return rng.choice(alternatives) if rng else alternatives[0]
 
     lines = caption.split("\n")
     return _BRACES.sub(put, rng.choice(lines) if rng else lines[0])
+
+
+def _alternatives(match: re.Match[str]) -> list[str]:
+    """Give what may stand in the place of braces."""
+    if match[1] is None:
+        return [match[0] if match[0] == "{}" else match[0][0]]
+    return [part.replace("{{", "{").replace("}}", "}") for part in match[1].split("|")]
+
+
+def _longest(match: re.Match[str]) -> str:
+    return max(_alternatives(match), key=len)
+
+
+def _with_tags(
+    caption: str, options: CaptionOptions, rng: random.Random | None = None, step: int = 0
+) -> str:
+    """Do to the tags what the options ask for."""
+    caption = _with_tags_varied(caption, options, rng or random.Random(0), step)
+    if options.secondary_separator:
+        caption = caption.replace(options.secondary_separator, options.caption_separator)
+    return caption
 
 
 def _with_tags_varied(caption: str, options: CaptionOptions, rng: random.Random, step: int) -> str:

@@ -13,6 +13,7 @@ from sdxl_train.data.captions import (
     CaptionOptions,
     bad_brace,
     caption_warnings,
+    fullest_captions,
     possible_captions,
     process_caption,
     read_caption,
@@ -137,6 +138,37 @@ def test_keeping_more_tags_than_there_are_is_no_crash() -> None:
         "keep_tokens_separator '|||' is not in 2 of 3 captions",
         "keep_tokens 3: 1 of 3 captions have fewer tags",
     ]
+
+
+def test_options_that_find_nothing_to_act_on_are_told() -> None:
+    wild = CaptionOptions(enable_wildcard=True)
+    assert caption_warnings(["a", "b"], wild) == [
+        "enable_wildcard: no caption has {red|blue} or a second line"
+    ]
+    assert caption_warnings(["a", "{b|c}"], wild) == []
+    assert caption_warnings(["a", "b\nc"], wild) == []
+    parted = CaptionOptions(secondary_separator=";;;")
+    assert caption_warnings(["a;b"], parted) == [
+        "secondary_separator ';;;' is in none of the captions"
+    ]
+    assert caption_warnings(["a;;;b", "c"], parted) == []
+    assert caption_warnings([], parted) == []
+
+
+def test_the_fullest_captions_have_every_tag_and_line() -> None:
+    options = CaptionOptions(
+        shuffle_caption=True,
+        caption_tag_dropout_rate=0.9,
+        caption_dropout_rate=1.0,
+        token_warmup_step=100,
+        enable_wildcard=True,
+        secondary_separator=";;;",
+        caption_prefix="P",
+        caption_suffix="S",
+    )
+    lines = fullest_captions("a, {b|long}\nc;;;d", options)
+    assert lines == ("P a, long", "c,d S")
+    assert fullest_captions("a, b", CaptionOptions(keep_tokens_separator="|||")) == ("a, b",)
 
 
 def test_possible_captions_include_the_empty_one_where_captions_drop() -> None:

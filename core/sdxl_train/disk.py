@@ -29,8 +29,9 @@ def require_room(folder: Path, needed: int, what: str) -> None:
     free = free_bytes(folder)
     if free < needed * _HEADROOM:
         raise TrainingError(
-            f"{what} needs {_size(needed)}, and {folder} has {_size(free)} free: nothing was "
-            f"written, the files saved before are whole. Make room, then go on with --resume"
+            f"{what} needs {readable_size(needed)}, and {folder} has {readable_size(free)} free: "
+            "nothing was written, the files saved before are whole. Make room, then go on with "
+            "--resume"
         )
 
 
@@ -41,7 +42,8 @@ def room_problem(place: str, folder: Path, needed: int) -> Problem | None:
         return None
     return Problem(
         place=place,
-        message=f"one save needs {_size(needed)}, and {folder} has {_size(free)} free",
+        message=f"one save needs {readable_size(needed)}, and {folder} has "
+        f"{readable_size(free)} free",
         remedy="make room, or write to another disk",
     )
 
@@ -52,12 +54,13 @@ def room_remark(folder: Path, needed: int, files: int) -> str | None:
     if free >= needed * _HEADROOM:
         return None
     return (
-        f"the {files} saves of this run need about {_size(needed)}, and {folder} has "
-        f"{_size(free)} free: keep fewer with --save_last_n_steps or --save_last_n_epochs"
+        f"the {files} saves of this run need about {readable_size(needed)}, and {folder} has "
+        f"{readable_size(free)} free: keep fewer with --save_last_n_steps or --save_last_n_epochs"
     )
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
+    """Give a number of bytes in words: ``1.2 GB``."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

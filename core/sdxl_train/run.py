@@ -21,6 +21,7 @@ from sdxl_train.change import ChangeCheck
 from sdxl_train.components import LimitedAdapter
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
+from sdxl_train.data.pruning import Pruned, prune
 from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
@@ -148,6 +149,43 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
         blame(error, plugins)
         raise
     return trainer.result
+
+
+def fill_caches(prepared: Prepared) -> None:
+    """Fill the caches that a run would fill, and end there.
+
+    Raises:
+        UserError: If the machine cannot do what the options ask, or a cache cannot be written.
+        TrainingError: If an image cannot be read.
+    """
+    with _encoding(prepared) as supply:
+        supply.fill_caches()
+
+
+def prune_caches(prepared: Prepared) -> list[Pruned]:
+    """Remove the files of a run's caches that the run would not use.
+
+    Raises:
+        UserError: If a file cannot be removed.
+    """
+    with _encoding(prepared) as supply:
+        return list(prune(supply.disk_entries()))
+
+
+@contextmanager
+def _encoding(prepared: Prepared) -> Iterator[Supply]:
+    """Make what encodes images and captions, exactly as a run does, networks to merge included."""
+    accelerator = _accelerator(prepared.config)
+    try:
+        model = assemble(prepared.config, accelerator.device, prepared.seed).model
+        supply = Supply(
+            prepared, model, accelerator.device, accelerator.autocast, trains_text=False
+        )
+        yield supply
+        supply.close()
+    except BaseException as error:
+        blame(error, prepared.host.enabled.values())
+        raise
 
 
 class Trainer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -79,26 +80,36 @@ class Supply:
                 self._cache_text(loader, text)
             self.model.release_text_encoders()
 
+    def disk_entries(self) -> Iterator[Entry]:
+        """Give the files of all that the options keep on the disk."""
+        if self.options.cache_latents_to_disk:
+            yield from chain.from_iterable(each.values() for each in self._latent_entries())
+        if self.options.cache_text_encoder_outputs_to_disk:
+            yield from chain.from_iterable(each.values() for each in self._text_entries())
+
     def _latent_stores(self) -> list[Store[LatentKey]]:
         """Give the place of each loader's latents."""
         if not self.options.cache_latents_to_disk:
             return [MemoryStore() for _ in self._loaders]
+        return self._disk_stores("latents", self._latent_entries())
+
+    def _latent_entries(self) -> list[dict[LatentKey, Entry]]:
         index, encoder = self.prepared.scan.index, self.model.image_encoder_identity()
-        plans = [loader.plan for loader in self._loaders]
-        entries = [
-            latent_entries(plan.datasets, latent_keys(plan.datasets), index, encoder)
-            for plan in plans
+        return [
+            latent_entries(loader.plan.datasets, latent_keys(loader.plan.datasets), index, encoder)
+            for loader in self._loaders
         ]
-        return self._disk_stores("latents", entries)
 
     def _text_stores(self) -> list[Store[str]]:
         """Give the place of each loader's encoded captions."""
         if not self.options.cache_text_encoder_outputs_to_disk:
             return [MemoryStore() for _ in self._loaders]
+        return self._disk_stores("captions", self._text_entries())
+
+    def _text_entries(self) -> list[dict[str, Entry]]:
         precision = self.prepared.config.training.mixed_precision
         encoders = {**self.model.text_encoders_identity(), "mixed_precision": precision}
-        entries = [text_entries(loader.plan.datasets, encoders) for loader in self._loaders]
-        return self._disk_stores("captions", entries)
+        return [text_entries(loader.plan.datasets, encoders) for loader in self._loaders]
 
     def _disk_stores(self, title: str, entries: Sequence[Mapping[K, Entry]]) -> list[Store[K]]:
         index, check = self.prepared.scan.index, not self.options.skip_cache_check
@@ -118,6 +129,7 @@ class Supply:
                 check=partial(check_unchanged, self.prepared.scan.index),
             )
         loader.pixels.close()
+        _tell(store)
 
     def _cache_text(self, loader: BatchLoader, store: Store[str]) -> None:
         loader.text = TextCache(loader.plan.datasets, store)
@@ -127,6 +139,7 @@ class Supply:
                 batch_size=self.options.text_encoder_batch_size,
                 progress=show,
             )
+        _tell(store)
 
     def steps(self, start: int = 0) -> Iterator[StepBatches]:
         """Give the batches of every step: whole epochs, the last one cut at the total.
@@ -205,3 +218,8 @@ class Supply:
             latents = [self.model.encode_images(part.to(self.device)) for part in parts]
         # Cached latents are contiguous: another layout would round differently in the denoiser.
         return torch.cat(latents).contiguous()
+
+
+def _tell(store: Store[Any]) -> None:
+    if isinstance(store, DiskStore):
+        logger.info("%s", store.report())

@@ -108,7 +108,7 @@ def test_no_arguments_give_a_short_usage(command: Command) -> None:
     assert len(done.stderr.splitlines()) < 10
 
 
-@pytest.mark.parametrize("name", ["plan", "plugins", "components"])
+@pytest.mark.parametrize("name", ["plan", "cache", "plugins", "components"])
 def test_every_command_has_help(command: Command, name: str) -> None:
     done = command(name, "--help")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sdxl_train._version import __version__
 from sdxl_train.blame import blame
-from sdxl_train.cli import components, plan, plugins, schema, train
+from sdxl_train.cli import cache, components, plan, plugins, schema, train
 from sdxl_train.cli.console import configure_output, discard_output, report, warn
 from sdxl_train.cli.help import HINT, USAGE, command_help, training_help
 from sdxl_train.cli.invocation import Invocation
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CORE_COMMANDS = {
     "plan": plan.COMMAND,
+    "cache": cache.COMMAND,
     "plugins": plugins.COMMAND,
     "components": components.COMMAND,
     "schema": schema.COMMAND,

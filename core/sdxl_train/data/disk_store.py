@@ -40,7 +40,7 @@ K = TypeVar("K")
 
 
 class DiskStore(Generic[K]):
-    """Keeps encodings in files. What is there at the start is checked, and told in one line.
+    """Keeps encodings in files. What is there at the start is checked.
 
     Args:
         title: What is kept, for messages.
@@ -65,7 +65,8 @@ class DiskStore(Generic[K]):
         self._held = {key for key, is_held in zip(entries, sound, strict=True) if is_held}
         for line in self._remarks.lines():
             logger.warning("%s", line)
-        logger.info("%s", self.report())
+        if missing := len(entries) - len(self._held):
+            logger.info("%s on disk: %d to make%s", title, missing, self._reasons())
 
     def __contains__(self, key: K) -> bool:
         """Tell whether an encoding need not be made."""
@@ -107,9 +108,17 @@ class DiskStore(Generic[K]):
             ) from None
 
     def report(self) -> str:
-        """Say in one line what was found: ``latents: 4 reused, 1 rebuilt (the image changed)``."""
+        """Say what became of the encodings: ``latents on disk: 1 rebuilt (damaged), 4 reused``."""
         parts = [f"{count} {what}" for what, count in sorted(self.tally.items())]
         return f"{self.title} on disk: " + (", ".join(parts) or "none needed")
+
+    def _reasons(self) -> str:
+        told = [
+            f"{count} of them {what.removeprefix('rebuilt ')}"
+            for what, count in sorted(self.tally.items())
+            if what.startswith("rebuilt")
+        ]
+        return f", {', '.join(told)}" if told else ""
 
     def _is_sound(self, entry: Entry) -> bool:
         if self._files.has(entry):

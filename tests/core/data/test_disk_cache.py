@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import pickle
 import struct
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ from sdxl_train.data.disk_store import (
 )
 from sdxl_train.data.listing import CACHE_FOLDER
 from sdxl_train.data.loader import PixelLoader
+from sdxl_train.data.pruning import prune
 from sdxl_train.data.scan_index import ScanIndex
 from sdxl_train.errors import TrainingError, UserError
 
@@ -197,18 +200,19 @@ def not_finite(path: Path) -> None:
     save_file(body, path, header["__metadata__"])
 
 
+# The numbers are those of the catalogue of bad inputs.
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
-    "empty": lambda path: path.write_bytes(b""),
-    "a flipped bit": flip_last_bit,
-    "a pickle": lambda path: path.write_bytes(pickle.dumps(Explosive())),
-    "a huge header": lambda path: path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
-    "another program's tensors": lambda path: save_file({"latents": torch.zeros(3, 8, 8)}, path),
-    "another image's latents": lambda path: path.write_bytes(
+    "81 truncated": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "81 empty": lambda path: path.write_bytes(b""),
+    "81 a flipped bit": flip_last_bit,
+    "84 a pickle": lambda path: path.write_bytes(pickle.dumps(Explosive())),
+    "81 a huge header": lambda path: path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
+    "82 another program's tensors": lambda path: save_file({"latents": torch.zeros(3, 8, 8)}, path),
+    "82 another image's latents": lambda path: path.write_bytes(
         next(p for p in sorted(path.parent.iterdir()) if p != path).read_bytes()
     ),
-    "a later version's": of_a_later_version,
-    "not finite": not_finite,
+    "89 a later version's": of_a_later_version,
+    "85 not finite": not_finite,
 }
 
 
@@ -293,7 +297,11 @@ def test_latents_that_are_not_finite_name_the_image_and_are_not_kept(
     assert not (folder / CACHE_FOLDER).exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EROFS, errno.EACCES],
+    ids=["86 full", "86 read-only", "86 not permitted"],
+)
 def test_a_disk_that_takes_nothing_is_a_users_error_and_leaves_no_part(
     number: int, look: Callable[..., Scan], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,6 +314,23 @@ def test_a_disk_that_takes_nothing_is_a_users_error_and_leaves_no_part(
     monkeypatch.setattr("pathlib.Path.replace", refuse)
     with pytest.raises(UserError, match=rf"{CACHE_FOLDER}: the cache cannot be written: no room"):
         fill(look(), store)
+    assert files(folder) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+def test_a_file_that_cannot_be_finished_leaves_no_part(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    import resource
+
+    store = open_store(look())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(UserError, match="the cache cannot be written: File too large"):
+            fill(look(), store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert files(folder) == []
 
 
@@ -336,6 +361,31 @@ def test_two_runs_that_cache_one_folder_at_once_both_find_whole_entries(
     for store in stores:
         for key in latent_keys(look().datasets):
             store.get(key)
+    assert open_store(look()).report() == "latents on disk: 3 reused"
+
+
+def test_pruning_removes_what_nothing_uses_and_only_that(
+    look: Callable[..., Scan], folder: Path
+) -> None:
+    """Catalogue 88: orphaned entries."""
+    store = open_store(look())
+    fill(look(), store)
+    smaller = look(resolution=32)
+    fill(smaller, open_store(smaller))
+    kept = [entry.path for entry in store.entries.values()]
+    bystanders = [
+        folder / CACHE_FOLDER / name
+        for name in ("mine.safetensors", f"text-{'0' * 16}-{'0' * 32}.safetensors", ".sdxl-train-1")
+    ]
+    unfinished = folder / CACHE_FOLDER / ".sdxl-train-2"
+    for path in (*bystanders, unfinished):
+        path.write_bytes(b"12345678")
+    os.utime(unfinished, (0, 0))
+
+    (told,) = prune(store.entries.values())
+    assert files(folder) == sorted([*kept, *bystanders])
+    assert str(told).startswith(f"{folder / CACHE_FOLDER}: 4 files removed (")
+    assert str(told).endswith("KB), 3 in use")
     assert open_store(look()).report() == "latents on disk: 3 reused"
 
 

@@ -1,0 +1,73 @@
+"""``sdxl-train cache``: make the caches of a run ahead of it, or tidy them up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sdxl_train.cli.console import warn
+from sdxl_train.cli.invocation import CoreCommand
+from sdxl_train.errors import UserError
+from sdxl_train.options import Setting
+
+if TYPE_CHECKING:
+    from sdxl_train.cli.invocation import Invocation
+    from sdxl_train.preflight import Prepared
+
+_SUMMARY = "Encode the images and captions of a run ahead of it, into its caches on disk."
+_USAGE = f"""\
+usage: sdxl-train cache FLAGS [--prune]
+
+{_SUMMARY}
+
+  FLAGS    those of training, of which --cache_latents_to_disk and
+           --cache_text_encoder_outputs_to_disk say what to encode; no --output_dir is needed
+  --prune  encode nothing: remove the files of these caches that no image or caption of the
+           datasets uses, as the flags have it
+
+Interrupted (Ctrl-C), it keeps what it has encoded and goes on there the next time."""
+
+
+def run(invocation: Invocation) -> int:
+    """Fill the caches, or prune them."""
+    from sdxl_train.data.scan_index import user_cache
+    from sdxl_train.preflight import prepare
+
+    prunes = invocation.take_switch("prune")
+    invocation.refuse_leading()
+    # Nothing is written there; it only has to be a place without the files of an earlier run.
+    nowhere = Setting(value=str(user_cache()), place="--output_dir", origin="default")
+    settings = {"output_dir": nowhere, **invocation.settings}
+    prepared = prepare(settings, invocation.host)
+    _require_disk(prepared)
+    warn([*invocation.notices, *prepared.scan.warnings])
+
+    # Only now, when the input is known to be right, is torch worth its import.
+    from sdxl_train.run import fill_caches, prune_caches
+
+    if prunes:
+        for folder in prune_caches(prepared):
+            print(folder)
+        return 0
+    try:
+        fill_caches(prepared)
+    except KeyboardInterrupt:
+        warn(["interrupted; what is encoded is kept, and the next time goes on there"])
+        return 130
+    return 0
+
+
+def _require_disk(prepared: Prepared) -> None:
+    data, config = prepared.config.dataset, prepared.config
+    if not (data.cache_latents_to_disk or data.cache_text_encoder_outputs_to_disk):
+        given = [
+            name for name in ("cache_latents", "cache_text_encoder_outputs") if getattr(data, name)
+        ]
+        raise UserError.of(
+            ", ".join(config.place(name) for name in given) or "sdxl-train cache",
+            "keeps nothing on the disk",
+            "add --cache_latents_to_disk, --cache_text_encoder_outputs_to_disk or both, here and "
+            "in training",
+        )
+
+
+COMMAND = CoreCommand(run=run, summary=_SUMMARY, usage=_USAGE)

@@ -108,13 +108,21 @@ def test_no_arguments_give_a_short_usage(command: Command) -> None:
     assert len(done.stderr.splitlines()) < 10
 
 
-@pytest.mark.parametrize("name", ["plan", "cache", "plugins", "components"])
-def test_every_command_has_help(command: Command, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [
+        ("plan", "--json"),
+        ("cache", "--prune"),
+        ("plugins", "--json"),
+        ("components", "--json"),
+    ],
+)
+def test_every_command_has_help(command: Command, name: str, switch: str) -> None:
     done = command(name, "--help")
 
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: sdxl-train {name}")
-    assert "--json" in done.stdout
+    assert switch in done.stdout
 
 
 GREET = """

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdxl_train.errors import UserError
 from sdxl_train.plugins import PluginHost
 from sdxl_train.settings import from_file, from_mapping
 
@@ -60,6 +61,12 @@ def train(
     from sdxl_train.run import execute
 
     prepared = _prepared(options, components, events or {}, decode=True)
+    if prepared.config.dataset.debug_dataset:
+        raise UserError.of(
+            prepared.config.place("debug_dataset"),
+            "trains nothing, and this function trains",
+            "leave it out, or use the command line",
+        )
     for text in prepared.warnings:
         logger.warning("%s", text)
     plan = make_plan(prepared)

@@ -9,6 +9,7 @@ from sdxl_train.cli.console import warn
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.errors import UserError
+from sdxl_train.settings import is_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,9 +36,10 @@ def run(invocation: Invocation) -> int:
     as_json = invocation.take_switch("json")
     try:
         invocation.refuse_leading()
-        output_config = invocation.settings.get("output_config")
-        if output_config is not None:
-            raise UserError.of(output_config.place, "writes no file here", "leave out `plan`")
+        for name in ("output_config", "debug_dataset"):
+            if is_on(setting := invocation.settings.get(name)):
+                assert setting is not None
+                raise UserError.of(setting.place, "writes no file here", "leave out `plan`")
         prepared = prepare(invocation.settings, invocation.host, decode=False)
         from sdxl_train.planning import make_plan
 

@@ -14,6 +14,7 @@ from sdxl_train.settings import config_path, is_on
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
     from sdxl_train.config import RunConfig
+    from sdxl_train.preflight import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def run(invocation: Invocation) -> int:
     _hide_secrets(prepared.config)
     warn([*invocation.notices, *prepared.warnings])
 
+    if prepared.config.dataset.debug_dataset:
+        return _write_preview(prepared)
     # Only now, when the input is known to be right, is torch worth its import.
     from sdxl_train.cli.plan import print_plan
     from sdxl_train.planning import make_plan
@@ -41,6 +44,21 @@ def run(invocation: Invocation) -> int:
     for path in result.files:
         print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return result.exit_code
+
+
+def _write_preview(prepared: Prepared) -> int:
+    """Write the samples of ``--debug_dataset`` and say where they are."""
+    from sdxl_train.data.preview import write_preview
+
+    folder = prepared.config.output.output_dir / "debug_dataset"
+    try:
+        page = write_preview(prepared.batches, folder)
+    except OSError as error:
+        raise UserError.of(
+            str(folder), f"cannot be written: {error.strerror}", "make room, or name another folder"
+        ) from None
+    print(f"samples written, nothing trained: open {page}")
+    return 0
 
 
 def _hide_secrets(config: RunConfig) -> None:

@@ -209,6 +209,11 @@ class DatasetOptions(OptionModel):
     dataset_repeats: Count = Field(
         1, description="Repeats an epoch of images whose folder or subset does not say its own."
     )
+    debug_dataset: bool = Field(
+        False,
+        description="Do not train: write samples as they would be trained, with crops, masks and "
+        "captions, as pictures and a page into the output folder.",
+    )
     cache_info: bool = Field(
         False, description="For sd-scripts' users; sizes and captions are always kept."
     )

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from sdxl_train.libraries import quiet
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
+    from sdxl_train.by_name import named_values
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
     from sdxl_train.rng import derive_seed
@@ -92,6 +93,7 @@ _HOMES = {
     "TrainingError": "sdxl_train.errors",
     "UserError": "sdxl_train.errors",
     "limit_norms": "sdxl_train.weights",
+    "named_values": "sdxl_train.by_name",
     "quiet": "sdxl_train.libraries",
     "ValidationResult": "sdxl_train.validation",
     "require_fit": "sdxl_train.weights",
@@ -153,6 +155,7 @@ __all__ = [
     "hookimpl",
     "is_finite",
     "limit_norms",
+    "named_values",
     "plan",
     "quiet",
     "read_text",

@@ -6,16 +6,14 @@ as in files, so a block is known from the name of a layer alone.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
-from sdxl_train import Field
+from sdxl_train import Field, named_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,61 +57,10 @@ def block_of(file_name: str) -> int | None:
 
 
 def _by_block(value: object, *, whole: bool) -> object:
-    """Read a value for each block, or those of named ones: ``input_4=8,output_*=4``.
-
-    The others are None then. Where several names mean one block, the last counts.
-    """
-    if isinstance(value, str):
-        value = [item for item in value.split(",") if item.strip()]
-    if isinstance(value, list) and any("=" in str(item) for item in value):
-        pairs = [str(item).partition("=") for item in value]
-        unnamed = [name for name, equals, _ in pairs if not equals]
-        if unnamed:
-            raise ValueError(f"'{unnamed[0]}' has no NAME= before it, as the others have")
-        value = {name: number for name, _, number in pairs}
-    if isinstance(value, list):
-        return [None if item is None else _number(item, whole=whole) for item in value]
-    if not isinstance(value, dict):
-        return value
-    values: list[float | None] = [None] * len(BLOCKS)
-    for name, item in value.items():
-        number = _number(item, whole=whole)
-        for index in _named(name):
-            values[index] = number
-    return values
-
-
-def _number(item: object, *, whole: bool) -> float:
-    try:
-        number = float(str(item))
-    except ValueError:
-        raise ValueError(f"'{item}' is not a number") from None
-    if not 0 <= number < math.inf or (whole and not number.is_integer()):
-        raise ValueError(f"{item} is not a {'whole ' if whole else ''}number >= 0")
-    return int(number) if whole else number
-
-
-def _named(pattern: str) -> list[int]:
-    """Give the blocks that a name, the name of a group or a glob means.
-
-    Raises:
-        ValueError: With the names that are close, if there is no such block.
-    """
-    plain = _plain(pattern.strip())
+    """Read a value for each block, or those of named ones: ``input_4=8,output_*=4``."""
     names = [_plain(block) for block in BLOCKS]
     groups = ("input", "middle", "output")
-    found = [
-        index
-        for index, name in enumerate(names)
-        if fnmatchcase(name, plain) or (plain in groups and name.startswith(plain))
-    ]
-    if not found:
-        near = difflib.get_close_matches(plain, [*names, *groups], n=5, cutoff=0.4)
-        raise ValueError(
-            f"'{pattern}' names no block of the U-Net; "
-            f"{'close are' if near else 'they are'} {', '.join(near or names)}"
-        )
-    return found
+    return named_values(value, names, whole=whole, groups=groups, spelling=_plain)
 
 
 def _plain(name: str) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from sdxl_train.api import plan, train
+    from sdxl_train.by_name import named_values
     from sdxl_train.checkpoint import Checkpoint
     from sdxl_train.components import (
         Adapter,
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from sdxl_train.libraries import quiet
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
-    from sdxl_train.by_name import named_values
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
     from sdxl_train.rng import derive_seed

@@ -37,6 +37,9 @@ class NetworkContract(Contract[Network]):
     """A timestep at which all of the network acts, as clients apply its file."""
     idle: ClassVar[tuple[str, ...]] = ()
     """Options of all networks that documentedly do nothing beside the options under test."""
+    has_alpha: ClassVar[bool] = True
+    """Whether its files have an ``alpha`` for each layer. Clients need it where there are factors;
+    a format without any (whole differences, scalings) has none."""
     loads_in_diffusers: ClassVar[bool] = False
     """Whether it is claimed that diffusers reads its files."""
 
@@ -46,6 +49,10 @@ class NetworkContract(Contract[Network]):
         By the formulas of LoRA, LoHa and LoKr files; override it for another format.
         """
         return network_files.merged_weight(weight, tensors)
+
+    def merged_bias(self, bias: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Give a layer's bias with the network likewise; networks of factors leave it alone."""
+        return bias
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -75,21 +82,34 @@ class NetworkContract(Contract[Network]):
             yield adapter
 
     def predict(self, predictions: Predictions, adapter: Adapter) -> Tensor:
-        """Give what the model predicts with all of the network."""
+        """Give what the model predicts while it trains, with all of the network."""
         return predictions.make(adapter, timestep=self.whole_at)
 
+    def evaluate(self, predictions: Predictions, adapter: Adapter) -> Tensor:
+        """Give what the model predicts outside of training, where nothing is drawn or dropped."""
+        modules = list(adapter.modules())
+        for module in modules:
+            module.eval()
+        with torch.no_grad():
+            prediction = self.predict(predictions, adapter)
+        for module in modules:
+            module.train()
+        return prediction
+
+    @torch.no_grad()
     def test_fresh_network_changes_nothing(self, predictions: Predictions) -> None:
         """Training starts from the base model."""
         before = predictions.make(timestep=self.whole_at)
         with self.attached(predictions.model) as adapter:
-            after = self.predict(predictions, adapter)
+            after = self.evaluate(predictions, adapter)
         torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
+    @torch.no_grad()
     def test_trained_network_changes_the_prediction(self, predictions: Predictions) -> None:
         """What trains has an effect."""
         before = predictions.make(timestep=self.whole_at)
         with self.trained(predictions.model) as adapter:
-            after = self.predict(predictions, adapter)
+            after = self.evaluate(predictions, adapter)
         assert torch.isfinite(after).all()
         assert (after - before).abs().max().item() > 1e-3, "its parameters have no effect"
 
@@ -140,6 +160,7 @@ class NetworkContract(Contract[Network]):
             for parameter in module.parameters():
                 assert parameter.grad is None, "a parameter of the model gets a gradient"
 
+    @torch.no_grad()
     def test_detach_gives_the_model_back(self, predictions: Predictions) -> None:
         """After ``detach`` the model is the one that was given, bit for bit."""
         model = predictions.model
@@ -149,19 +170,20 @@ class NetworkContract(Contract[Network]):
         assert _structure(model) == structure, "modules or their forward stay replaced"
         assert torch.equal(predictions.make(), before), "it leaves something behind"
 
+    @torch.no_grad()
     def test_saved_network_loads_exactly(self, predictions: Predictions, tmp_path: Path) -> None:
         """A file gives the same tensors and the same predictions, bit for bit."""
         model = predictions.model
         with self.trained(model) as adapter:
             saved = _through_a_file(adapter, tmp_path)
-            expected = self.predict(predictions, adapter)
+            expected = self.evaluate(predictions, adapter)
         with self.attached(model, seed=1) as adapter:
             adapter.load_state_dict(saved)
             again = {name: tensor.clone() for name, tensor in adapter.state_dict().items()}
             assert again.keys() == saved.keys()
             for name, tensor in saved.items():
                 assert torch.equal(again[name], tensor), f"{name} is not what was loaded"
-            assert torch.equal(self.predict(predictions, adapter), expected)
+            assert torch.equal(self.evaluate(predictions, adapter), expected)
 
     def test_other_files_are_refused(self, predictions: Predictions) -> None:
         """A missing or unknown key, or another shape, is the user's mistake, and named."""
@@ -192,8 +214,10 @@ class NetworkContract(Contract[Network]):
         assert not strange, f"keys of no layer of the model: {', '.join(strange[:3])}"
         layers = {key.partition(".")[0] for key in state}
         silent = sorted(layer for layer in layers if f"{layer}.alpha" not in state)
-        assert not silent, f"layers without an alpha: {', '.join(silent[:3])}"
+        if self.has_alpha:
+            assert not silent, f"layers without an alpha: {', '.join(silent[:3])}"
 
+    @torch.no_grad()
     def test_file_says_what_the_forward_does(
         self, predictions: Predictions, tmp_path: Path
     ) -> None:
@@ -201,8 +225,8 @@ class NetworkContract(Contract[Network]):
         model = predictions.model
         with self.trained(model) as adapter:
             tensors = _through_a_file(adapter, tmp_path)
-            live = self.predict(predictions, adapter)
-        with _merged(model, tensors, self.merged_weight):
+            live = self.evaluate(predictions, adapter)
+        with _merged(model, tensors, weight=self.merged_weight, bias=self.merged_bias):
             merged = predictions.make(timestep=self.whole_at)
         _assert_alike(merged, live)
 
@@ -237,7 +261,7 @@ class NetworkContract(Contract[Network]):
             adapter = self.make().build(predictions.model)
             try:
                 with untouched_process():
-                    self.predict(predictions, adapter)
+                    self.evaluate(predictions, adapter)
             finally:
                 adapter.detach()
 
@@ -262,6 +286,7 @@ class NetworkContract(Contract[Network]):
         acts = shapes != others or not torch.equal(one, two)
         assert acts == (option not in self.idle), f"{option} has {'an' if acts else 'no'} effect"
 
+    @torch.no_grad()
     def test_file_loads_in_diffusers_where_claimed(
         self, tiny_model: TinyModel, predictions: Predictions, tmp_path: Path
     ) -> None:
@@ -270,7 +295,7 @@ class NetworkContract(Contract[Network]):
             return
         with self.trained(predictions.model) as adapter:
             _through_a_file(adapter, tmp_path)
-            live = self.predict(predictions, adapter)
+            live = self.evaluate(predictions, adapter)
         fused = tiny_model.load(**self.model_options)
         _fuse_by_diffusers(fused, tiny_model.path, tmp_path)
         _assert_alike(predictions.on(fused).make(timestep=self.whole_at), live)
@@ -316,9 +341,12 @@ def _through_a_file(adapter: Adapter, folder: Path) -> dict[str, Tensor]:
 def _merged(
     model: LoadedModel,
     tensors: Mapping[str, Tensor],
-    merge: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
+    **merges: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
 ) -> Iterator[None]:
-    """Put the weights with a file merged in for those of the model, for a while."""
+    """Put the parameters with a file merged in for those of the model, for a while.
+
+    ``merges`` are by the parameter's name: ``weight``, ``bias``.
+    """
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, name = key.partition(".")
@@ -327,16 +355,17 @@ def _merged(
     for part in model.parts:
         for path, name in part.file_names.items():
             mine = by_layer.pop(f"{part.prefix}_{name}", None)
-            if mine is not None:
-                weight: Any = part.module.get_submodule(path).weight
-                own.append((weight, weight.data))
-                weight.data = merge(weight.data, mine)
+            for kind, merge in merges.items():
+                parameter: Any = getattr(part.module.get_submodule(path), kind, None)
+                if mine is not None and parameter is not None:
+                    own.append((parameter, parameter.data))
+                    parameter.data = merge(parameter.data, mine)
     try:
         assert not by_layer, f"the file has layers that the model has not: {list(by_layer)[:3]}"
         yield
     finally:
-        for weight, data in own:
-            weight.data = data
+        for parameter, data in own:
+            parameter.data = data
 
 
 def _fuse_by_diffusers(model: LoadedModel, base: Path, folder: Path) -> None:

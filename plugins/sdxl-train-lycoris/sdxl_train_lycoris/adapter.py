@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sdxl_train import ParameterGroup, quiet, require_fit
+import torch
+
+from sdxl_train import ParameterGroup, limit_norms, quiet, require_fit
 from sdxl_train_lycoris.layers import LycorisLayer
 from sdxl_train_lycoris.targets import targets
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from sdxl_train import LoadedModel
-    from sdxl_train_lycoris.networks import LycorisNetwork
+    from sdxl_train_lycoris.options import LycorisNetwork
     from sdxl_train_lycoris.targets import Target
 
 
@@ -28,11 +30,12 @@ class LycorisAdapter:
 
     def __init__(self, model: LoadedModel, options: LycorisNetwork) -> None:
         self.options = options
-        self.parts = model.parts
+        self.parts = {part.name: part for part in model.parts}
+        self.denoiser = model.denoiser
         self.targets = list(targets(model, options))
         # It warns of what the options ask for, such as a rank that leaves LoKr's factors whole.
         with quiet("LyCORIS"):
-            self.layers = {target.name: LycorisLayer(target, options) for target in self.targets}
+            self.layers = {target.name: LycorisLayer(target) for target in self.targets}
         self.multiplier = 1.0
         self._own_forwards = {
             target.name: vars(target.layer).get("forward") for target in self.targets
@@ -56,29 +59,45 @@ class LycorisAdapter:
         return self.layers.values()
 
     def groups(self) -> Sequence[ParameterGroup]:
-        """Give one group for each part that has adapted layers."""
-        by_part = {
-            part.name: [
-                parameter
-                for target in self.targets
-                if target.part == part.name
-                for parameter in self.layers[target.name].parameters()
-            ]
-            for part in self.parts
-        }
+        """Give one group for each part that has adapted layers, and LoRA+'s apart."""
+        members: dict[tuple[str, bool], list[nn.Parameter]] = {}
+        for target in self.targets:
+            layer = self.layers[target.name]
+            faster: set[int] = set()
+            if self._plus_ratio(target.part) is not None:
+                faster = {id(parameter) for parameter in layer.delta.plus_parameters()}
+            for parameter in layer.parameters():
+                key = (target.part, id(parameter) in faster)
+                members.setdefault(key, []).append(parameter)
         return [
             ParameterGroup(
-                part=part.name, name=part.group, parameters=by_part[part.name], lr=part.lr
+                part=name,
+                name=f"{self.parts[name].group} plus" if is_plus else self.parts[name].group,
+                parameters=parameters,
+                lr=self.parts[name].lr,
+                lr_factor=(self._plus_ratio(name) or 1.0) if is_plus else 1.0,
             )
-            for part in self.parts
-            if by_part[part.name]
+            for (name, is_plus), parameters in members.items()
         ]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Give the factors and ``alpha`` of every layer, as every client computes with them.
+    def _plus_ratio(self, part: str) -> float | None:
+        is_denoiser = self.parts[part].module is self.denoiser
+        return self.options.plus_ratio(is_denoiser=is_denoiser)
 
-        LoHa and LoKr have an alpha equal to the rank, with the scale in their first factor.
-        """
+    @torch.no_grad()
+    def limit_weights(self) -> Mapping[str, Tensor]:
+        """Shrink the deltas that are larger than ``scale_weight_norms`` allows."""
+        limit = self.options.scale_weight_norms
+        if limit is None:
+            return {}
+        norms = torch.stack([layer.norm() for layer in self.layers.values()])
+        ratios, metrics = limit_norms(norms, limit)
+        for layer, ratio in zip(self.layers.values(), ratios, strict=True):
+            layer.delta.shrink(ratio)
+        return metrics
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give the tensors of every layer, as every client computes with them."""
         return {
             f"{name}.{key}": tensor
             for name, layer in self.layers.items()

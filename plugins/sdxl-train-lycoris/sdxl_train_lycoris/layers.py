@@ -1,90 +1,59 @@
-"""One adapted layer: factors, initialisation and delta are lycoris-lora's, the forward is ours.
+"""One adapted layer: the delta is its algorithm's, the forward is the same for all.
 
 The library's own forward adds the delta weight to the frozen one and subtracts that again, which
-rounds small deltas away when the frozen weights are bf16. Its merged weights scale LoHa and LoKr
-by alpha/rank twice (4.1.3); files are therefore written with alpha equal to the rank.
+rounds small deltas away when the frozen weights are bf16.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lycoris.modules.locon import LoConModule
-from lycoris.modules.loha import LohaModule
-from lycoris.modules.lokr import LokrModule
+import torch.nn.functional as F
 from torch import nn
 
+from sdxl_train import UserError
+from sdxl_train_lycoris import deltas
+from sdxl_train_lycoris.networks import (
+    Boft,
+    DiagOft,
+    Dylora,
+    Full,
+    Glora,
+    Ia3,
+    Loha,
+    Lokr,
+    Lora,
+)
+from sdxl_train_lycoris.options import DoraOptions
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
-    from sdxl_train_lycoris.networks import LycorisNetwork
     from sdxl_train_lycoris.targets import Target
 
 
-@dataclass(frozen=True, kw_only=True)
-class Algorithm:
-    """How one of the library's modules keeps its delta.
-
-    Attributes:
-        module: Its class.
-        weight: Makes the delta weight of a module, shaped like the layer's, on a device. Rank
-            dropout is in it.
-        carriers: The factors that take up scalars in a file: the first one that is there.
-        folds_scale: Whether alpha/rank goes into the carrier too.
-        bypass_is_cheaper: Whether the factors can be applied without making the delta weight.
-    """
-
-    module: type[Any]
-    weight: Callable[[Any, torch.device], Tensor]
-    carriers: tuple[str, ...]
-    folds_scale: bool
-    bypass_is_cheaper: bool
-
-
-ALGORITHMS = {
-    "lora": Algorithm(
-        module=LoConModule,
-        weight=lambda module, device: module.make_weight(device) * module.scale,
-        carriers=("lora_up.weight",),
-        folds_scale=False,
-        bypass_is_cheaper=True,
-    ),
-    "loha": Algorithm(
-        module=LohaModule,
-        weight=lambda module, device: module.get_weight(module.shape) * module.scalar,
-        carriers=("hada_w1_a",),
-        folds_scale=True,
-        bypass_is_cheaper=False,
-    ),
-    "lokr": Algorithm(
-        module=LokrModule,
-        weight=lambda module, device: module.get_weight(module.shape) * module.scalar,
-        carriers=("lokr_w1", "lokr_w1_a"),
-        folds_scale=True,
-        bypass_is_cheaper=True,
-    ),
-}
-
-
 class LycorisLayer(nn.Module):
-    """The delta of one layer. Its parameters are fp32, on the layer's device."""
+    """The adapted form of one layer. Its parameters are fp32, on the layer's device."""
 
-    def __init__(self, target: Target, options: LycorisNetwork) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.algorithm = ALGORITHMS[options.algorithm]
-        self.module = _library_module(target, options, self.algorithm)
+        options = target.options
+        self._layer = (target.layer,)
+        self.delta = _delta(target).to(target.layer.weight.device)
         self.drop = nn.Dropout(options.delta_dropout)
+        self.rank_dropout, self.rescales = options.rank_dropout, options.rank_dropout_scale
         self.module_dropout = options.module_dropout
-        self.norm_by_output = options.wd_on_output
-        self.dora_scale = nn.Parameter(self._norm(self._frozen)) if options.decomposes else None
-        self.bypass = options.bypass_mode
-        if self.bypass is None:
-            needs_weight = options.decomposes or options.rank_dropout
-            self.bypass = self.algorithm.bypass_is_cheaper and not needs_weight
+        self.dora_scale: nn.Parameter | None = None
+        self.norm_by_output = False
+        can_bypass = isinstance(self.delta, (deltas.LoraDelta, deltas.LokrDelta))
+        if isinstance(options, DoraOptions) and options.decomposes and not _is_norm(target.layer):
+            self.norm_by_output, can_bypass = options.wd_on_output, False
+            self.dora_scale = nn.Parameter(self._norm(self.delta.frozen))
+        self.bypass = can_bypass if options.bypass_mode is None else options.bypass_mode
+        self.bypass = self.bypass and not isinstance(self.delta, deltas.FullDelta)
         self.multiplier = 1.0
         self._base_forward = target.layer.forward
 
@@ -93,15 +62,13 @@ class LycorisLayer(nn.Module):
         base: Tensor = self._base_forward(x)
         if self.training and self.module_dropout and torch.rand(()) < self.module_dropout:
             return base
-        delta: Tensor = self.drop(self._delta(x))
+        added: Tensor = self.drop(self._added(x))
         # Training is spared the kernel.
-        return base + (delta if self.multiplier == 1.0 else delta * self.multiplier)
+        return base + (added if self.multiplier == 1.0 else added * self.multiplier)
 
     def state(self) -> dict[str, Tensor]:
-        """Give the tensors of a file, whose ``alpha`` is fp32 []."""
-        state = {name: factor.detach() for name, factor in self._factors.items()}
-        state[self._carrier] = state[self._carrier] * self.module.scalar.detach() * self._folded
-        state["alpha"] = torch.tensor(self._file_alpha)
+        """Give the tensors of a file."""
+        state = self.delta.tensors()
         if self.dora_scale is not None:
             state["dora_scale"] = self.dora_scale.detach()
         return state
@@ -109,32 +76,46 @@ class LycorisLayer(nn.Module):
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the tensors of a file that has the names and shapes of :meth:`state`."""
-        for name, factor in self._factors.items():
-            factor.copy_(state[name])
-        self._factors[self._carrier].div_(self._folded)
-        self.module.scalar.fill_(1.0)
+        self.delta.load(state)
         if self.dora_scale is not None:
             self.dora_scale.copy_(state["dora_scale"])
 
-    def _delta(self, x: Tensor) -> Tensor:
-        """Give what the delta adds to the layer's output."""
-        module = self.module
-        if self.bypass:
-            bypassed: Tensor = module.bypass_forward_diff(x)
-            return bypassed
-        weight = self.algorithm.weight(module, x.device)
-        if self.dora_scale is not None:
-            # Liu et al. 2024, equation 5; the norm is of the merged weight.
-            frozen = self._frozen
-            merged = frozen + weight
-            weight = merged * (self.dora_scale / self._norm(merged)) - frozen
-        added: Tensor = module.op(x, weight.to(x.dtype), None, **module.kw_dict)
-        return added
+    def norm(self) -> Tensor:
+        """Give the Frobenius norm of the delta weight, fp32 []."""
+        with torch.autocast(self.delta.frozen.device.type, enabled=False):
+            norm: Tensor = torch.linalg.vector_norm(self.delta.weight())
+        return norm
 
-    @property
-    def _frozen(self) -> Tensor:
-        weight: Tensor = self.module.org_weight
-        return weight.detach().float()
+    def _added(self, x: Tensor) -> Tensor:
+        """Give what the delta adds to the layer's output."""
+        layer, kept = self._layer[0], self._kept_rows(x.device)
+        if self.bypass:
+            added = self.delta.bypass(x)
+            axis = 1 if isinstance(layer, nn.Conv2d) else -1
+            shape = [1] * added.ndim
+            shape[axis] = -1
+            return added if kept is None else added * kept.view(shape).to(added.dtype)
+        # In fp32: of a rotation in bf16 little but its rounding would be left.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.delta.weight(), self.delta.bias()
+            if kept is not None:
+                weight = weight * kept.view(-1, *[1] * (weight.ndim - 1))
+                bias = None if bias is None else bias * kept
+            if self.dora_scale is not None:
+                # Liu et al. 2024, equation 5; the norm is of the merged weight.
+                frozen = self.delta.frozen
+                merged = frozen + weight
+                weight = merged * (self.dora_scale / self._norm(merged)) - frozen
+        return _applied(layer, x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _kept_rows(self, device: torch.device) -> Tensor | None:
+        """Draw which rows of the delta weight stay [out]; None for all."""
+        if not (self.rank_dropout and self.training):
+            return None
+        rows = len(self._layer[0].weight)
+        kept = (torch.rand(rows, device=device) >= self.rank_dropout).float()
+        # Where none stayed there is nothing to divide.
+        return kept / kept.mean().clamp(min=1 / rows) if self.rescales else kept
 
     def _norm(self, weight: Tensor) -> Tensor:
         """Give the norm by output or input channel, kept as a dimension, and never zero."""
@@ -143,51 +124,65 @@ class LycorisLayer(nn.Module):
         norm: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
         return norm + torch.finfo(norm.dtype).eps
 
-    @property
-    def _factors(self) -> dict[str, nn.Parameter]:
-        return {name: factor for name, factor in self.module.named_parameters() if name != "scalar"}
 
-    @property
-    def _carrier(self) -> str:
-        return next(name for name in self.algorithm.carriers if name in self._factors)
-
-    @property
-    def _folded(self) -> float:
-        return float(self.module.scale) if self.algorithm.folds_scale else 1.0
-
-    @property
-    def _file_alpha(self) -> float:
-        if _is_whole(self.module):
-            # No client reads it; the rank, often 100000 there, would overflow in fp16 files.
-            return 1.0
-        scale = 1.0 if self.algorithm.folds_scale else self.module.scale
-        return float(scale * self.module.lora_dim)
+def _applied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Give what a layer of another weight and bias would."""
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    if isinstance(layer, nn.Conv2d):
+        how = (layer.stride, layer.padding, layer.dilation, layer.groups)
+        return F.conv2d(x, weight, bias, *how)  # type: ignore[arg-type]
+    if isinstance(layer, nn.GroupNorm):
+        return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+    return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
-def _library_module(target: Target, options: LycorisNetwork, algorithm: Algorithm) -> Any:
-    """Make the library's module for a layer.
-
-    It is made on the CPU, so that a seed gives the same network on every device. Dropout of
-    outputs and DoRA stay off in it: they are done here.
-    """
-    module = algorithm.module(
-        target.name,
-        target.layer,
-        lora_dim=target.rank,
-        alpha=target.alpha,
-        rank_dropout=options.rank_dropout,
-        rank_dropout_scale=options.rank_dropout_scale,
-        use_scalar=options.use_scalar,
-        rs_lora=options.rs_lora,
-        bypass_mode=False,
-        **options.module_options,
-    )
-    if _is_whole(module):
-        # Where there is no rank there is no scale; the library forgets that with rs_lora.
-        module.scale = 1.0
-    return module.to(target.layer.weight.device)
+def _is_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, (nn.GroupNorm, nn.LayerNorm))
 
 
-def _is_whole(module: Any) -> bool:
-    """Tell whether a LoKr has neither factor decomposed."""
-    return isinstance(module, LokrModule) and module.use_w1 and module.use_w2
+def _delta(target: Target) -> deltas.Delta:
+    """Make the delta of a layer by its algorithm."""
+    if _is_norm(target.layer):
+        return deltas.NormDelta(target)
+    match target.options:
+        case Lora() as options:
+            return deltas.LoraDelta(target, options, use_tucker=options.has_core)
+        case Loha() as options:
+            return deltas.LohaDelta(target, options, use_tucker=options.has_core)
+        case Lokr() as options:
+            return deltas.LokrDelta(
+                target,
+                options,
+                factor=options.factor,
+                decompose_both=options.decompose_both,
+                full_matrix=options.full_matrix,
+                unbalanced_factorization=options.unbalanced_factorization,
+            )
+        case Glora() as options:
+            return deltas.GloraDelta(target, options)
+        case Dylora() as options:
+            return deltas.DyloraDelta(target, options)
+        case Ia3() as options:
+            return deltas.Ia3Delta(target, options)
+        case Boft() as options:
+            return _butterfly(target, options)
+        case DiagOft() as options:
+            return deltas.OftDelta(target, options)
+        case Full():
+            return deltas.FullDelta(target)
+    raise AssertionError(target.options)
+
+
+def _butterfly(target: Target, options: Boft) -> deltas.Delta:
+    try:
+        return deltas.BoftDelta(target, options)
+    except ValueError as error:
+        outputs = len(target.layer.weight)
+        odd = outputs // (outputs & -outputs)
+        raise UserError.of(
+            "--network_dim",
+            f"{target.rank} is too small for the {outputs} outputs of {target.name}: boft needs "
+            "blocks of an even size, a power of two of them",
+            f"set it to {2 * odd} or more",
+        ) from error

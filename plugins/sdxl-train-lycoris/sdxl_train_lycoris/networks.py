@@ -1,210 +1,31 @@
-"""The options of each algorithm, and which of them go together.
-
-lycoris-lora swallows what it does not know and what has no effect; here both are refused.
-"""
+"""The algorithms of LyCORIS: the options of each, and all of them under one name."""
 
 from __future__ import annotations
 
-import json
-from abc import abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator
 
-from sdxl_train import Field, Network, Problem, quiet
+from sdxl_train import Field
+from sdxl_train_lycoris.options import (
+    DoraOptions,
+    FactorOptions,
+    Fault,
+    LycorisNetwork,
+    RankOptions,
+    ScaledOptions,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sdxl_train import Adapter, LoadedModel, RunConfig
 
-DEFAULT_RANK = 4
-"""LyCORIS's rank where none is given."""
-LINEAR_PRESETS = frozenset({"full-lin", "attn-mlp", "attn-only", "unet-transformer-only"})
-"""Presets that leave out convolutions larger than 1x1."""
 
-Preset = Literal[
-    "full",
-    "full-lin",
-    "attn-mlp",
-    "attn-only",
-    "unet-only",
-    "unet-transformer-only",
-    "unet-convblock-only",
-]
+_RANK_FLAGS = ("network_dim", "network_alpha")
 
 
-@dataclass(frozen=True)
-class Fault:
-    """Options that contradict each other, or one that nothing would read."""
-
-    option: str
-    message: str
-    remedy: str
-
-
-class LycorisNetwork(Network):
-    """What all algorithms of LyCORIS have in common. Not a network of its own."""
-
-    preset: Preset = Field("full", description="Which layers to adapt, as LyCORIS defines it.")
-    conv_dim: int | None = Field(
-        None,
-        ge=0,
-        description="Rank of convolutions larger than 1x1; 0 leaves them out. "
-        "Default: network_dim.",
-    )
-    conv_alpha: float | None = Field(
-        None, ge=0, description="Their alpha; 0 means their rank. Default: network_alpha."
-    )
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="The same as --network_dropout: drops outputs of the delta."
-    )
-    rank_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability of dropping an output row of the delta weight."
-    )
-    rank_dropout_scale: bool = Field(
-        False, description="Divide the rows that rank_dropout left by their share."
-    )
-    module_dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability of leaving a layer unadapted for a step."
-    )
-    use_scalar: bool = Field(
-        False,
-        description="Start from a learned factor of 0 and random matrices, "
-        "instead of a matrix of zeros.",
-    )
-    rs_lora: bool = Field(
-        False, description="Scale by alpha/sqrt(rank) instead of alpha/rank (rank-stabilized)."
-    )
-    dora_wd: bool = Field(
-        False,
-        description="Weight decomposition (DoRA). ComfyUI, A1111 and Forge read such files; "
-        "diffusers and sd-scripts drop the decomposition.",
-    )
-    weight_decompose: bool = Field(False, description="Another name of dora_wd.")
-    wd_on_output: bool = Field(
-        False,
-        description="Take DoRA's norm by output, as only LyCORIS itself reads it. "
-        "Default: by input, as the image UIs do.",
-    )
-    bypass_mode: bool | None = Field(
-        None,
-        description="Apply the factors to the activations, instead of the delta weight that "
-        "they make. Default: where it computes the same with less.",
-    )
-
-    algorithm: ClassVar[str]
-
-    @property
-    def rank(self) -> int:
-        """Rank of linear layers and 1x1 convolutions."""
-        return self.network_dim or DEFAULT_RANK
-
-    @property
-    def conv_rank(self) -> int:
-        """Rank of larger convolutions; 0 leaves them out."""
-        return self.rank if self.conv_dim is None else self.conv_dim
-
-    @property
-    def own_conv_alpha(self) -> float:
-        """Alpha of larger convolutions; 0 means their rank."""
-        return self.network_alpha if self.conv_alpha is None else self.conv_alpha
-
-    @property
-    def delta_dropout(self) -> float:
-        """Dropout of what the delta adds to a layer's output."""
-        return self.dropout or self.network_dropout or 0.0
-
-    @property
-    def decomposes(self) -> bool:
-        """Whether DoRA is asked for, under either name."""
-        return self.dora_wd or self.weight_decompose
-
-    @property
-    @abstractmethod
-    def module_options(self) -> dict[str, Any]:
-        """Arguments of the library's module that only this algorithm has."""
-
-    def args(self) -> str:
-        """Give the algorithm and what was set, as JSON of strings, as ``ss_network_args``."""
-        own = [name for name in self.model_fields_set if name not in Network.model_fields]
-        return json.dumps(
-            {"algo": self.algorithm} | {name: str(getattr(self, name)) for name in sorted(own)}
-        )
-
-    def build(self, model: LoadedModel) -> Adapter:
-        """Attach the network to every part that trains."""
-        # LyCORIS looks for bitsandbytes, which has opinions about the machine.
-        with quiet("bitsandbytes"):
-            from sdxl_train_lycoris.adapter import LycorisAdapter
-
-        return LycorisAdapter(model, self)
-
-    def check(self, config: RunConfig) -> Iterator[Problem]:
-        """Yield the options that would have no effect or contradict each other."""
-        for fault in self.faults():
-            yield Problem(
-                place=config.place(f"network_args.{fault.option}"),
-                message=fault.message,
-                remedy=fault.remedy,
-            )
-
-    def faults(self) -> Iterator[Fault]:
-        """Yield what is wrong with the combination of options."""
-        given = self.model_fields_set
-        if {"dropout", "network_dropout"} <= given and self.dropout != self.network_dropout:
-            yield Fault(
-                "dropout",
-                f"{self.dropout} contradicts --network_dropout {self.network_dropout}: "
-                "they are one option",
-                "give one of them",
-            )
-        if {"dora_wd", "weight_decompose"} <= given and self.dora_wd != self.weight_decompose:
-            yield Fault(
-                "weight_decompose", "contradicts dora_wd: they are one option", "give one of them"
-            )
-        if self.rank_dropout_scale and not self.rank_dropout:
-            yield Fault(
-                "rank_dropout_scale", "has no effect without rank_dropout", "set rank_dropout"
-            )
-        yield from self._dora_faults()
-        yield from self._convolution_faults()
-
-    def _dora_faults(self) -> Iterator[Fault]:
-        if "wd_on_output" in self.model_fields_set and not self.decomposes:
-            yield Fault("wd_on_output", "has no effect without dora_wd", "set dora_wd=True")
-        if self.decomposes and self.bypass_mode:
-            yield Fault(
-                "bypass_mode",
-                "goes not with dora_wd, which needs the delta weight",
-                "leave one of them out",
-            )
-        if self.decomposes and self.delta_dropout:
-            yield Fault(
-                "dora_wd",
-                "goes not with dropout: its delta scales the frozen weight too",
-                "use rank_dropout or module_dropout",
-            )
-
-    def _convolution_faults(self) -> Iterator[Fault]:
-        options = [name for name in ("conv_dim", "conv_alpha", "use_tucker") if self._asks(name)]
-        if self.preset in LINEAR_PRESETS:
-            reason, remedy = f"preset {self.preset} leaves them out", "leave it out, or preset=full"
-        elif self.conv_dim == 0:
-            reason, remedy = "conv_dim=0 leaves them out", "leave it out, or conv_dim=4"
-            options.remove("conv_dim")
-        else:
-            return
-        for option in options:
-            yield Fault(option, f"is about convolutions larger than 1x1, and {reason}", remedy)
-
-    def _asks(self, name: str) -> bool:
-        """Tell whether an option was given and is not a switch that is off."""
-        return name in self.model_fields_set and getattr(self, name) is not False
-
-
-class TuckerOptions(LycorisNetwork):
+class TuckerOptions(DoraOptions):
     """What the algorithms have that can decompose the kernel of a convolution."""
 
     use_tucker: bool = Field(
@@ -212,14 +33,42 @@ class TuckerOptions(LycorisNetwork):
         description="Give the kernel of a convolution a factor of its own. diffusers and "
         "sd-scripts cannot read such a LoCon.",
     )
+    use_cp: bool = Field(False, description="Older name of use_tucker.")
+    use_conv_cp: bool = Field(False, description="Older name of use_tucker.")
+
+    convolution_options: ClassVar[tuple[str, ...]] = (
+        *DoraOptions.convolution_options,
+        "use_tucker",
+        "use_cp",
+        "use_conv_cp",
+    )
 
     @property
-    def module_options(self) -> dict[str, Any]:
-        """Arguments of the library's module that only this algorithm has."""
-        return {"use_tucker": self.use_tucker}
+    def has_core(self) -> bool:
+        """Whether larger kernels have a factor of their own, under any name."""
+        return self.use_tucker or self.use_cp or self.use_conv_cp
 
 
-class KroneckerOptions(LycorisNetwork):
+class PlusOptions(LycorisNetwork):
+    """LoRA+ (Hayou et al. 2024)."""
+
+    loraplus_lr_ratio: float | None = Field(
+        None, gt=0, description="LoRA+: factor of the learning rate of lora_up; 16 is common."
+    )
+    loraplus_unet_lr_ratio: float | None = Field(
+        None, gt=0, description="The same for the U-Net, over loraplus_lr_ratio."
+    )
+    loraplus_text_encoder_lr_ratio: float | None = Field(
+        None, gt=0, description="The same for the text encoders, over loraplus_lr_ratio."
+    )
+
+    def plus_ratio(self, *, is_denoiser: bool) -> float | None:
+        """Give LoRA+'s ratio for the U-Net or for a text encoder."""
+        own = self.loraplus_unet_lr_ratio if is_denoiser else self.loraplus_text_encoder_lr_ratio
+        return self.loraplus_lr_ratio if own is None else own
+
+
+class KroneckerOptions(DoraOptions):
     """What LoKr alone has."""
 
     factor: int = Field(
@@ -233,32 +82,29 @@ class KroneckerOptions(LycorisNetwork):
         False, description="Exchange the roles of the output's two divisors."
     )
 
-    @property
-    def module_options(self) -> dict[str, Any]:
-        """Arguments of the library's module that only this algorithm has."""
-        return {
-            "factor": self.factor,
-            "decompose_both": self.decompose_both,
-            "full_matrix": self.full_matrix,
-            "unbalanced_factorization": self.unbalanced_factorization,
-        }
+
+class RotationOptions(RankOptions):
+    """What the algorithms have that rotate outputs."""
+
+    shrinks: ClassVar[bool] = False
+
+    constraint: float = Field(
+        0.0,
+        ge=0,
+        description="Largest rotation, for each output of a layer; 0: any. Files hold the "
+        "rotation itself, since clients read a constraint differently.",
+    )
+    rescaled: bool = Field(False, description="Train a factor of each output too.")
+
+    def idle_flags(self) -> dict[str, str]:
+        """Give the flags of all networks that nothing reads."""
+        return {"network_alpha": f"{self.algorithm} has no scale, only constraint"}
 
 
-class Lora(TuckerOptions):
+class Lora(TuckerOptions, PlusOptions):
     """LoRA (Hu et al. 2022) as LyCORIS does it: on convolutions too, then called LoCon."""
 
     algorithm: ClassVar[str] = "lora"
-
-    def faults(self) -> Iterator[Fault]:
-        """Yield what is wrong with the combination of options."""
-        yield from super().faults()
-        if self.bypass_mode and self.rank_dropout_scale:
-            yield Fault(
-                "rank_dropout_scale",
-                "goes not with bypass_mode, which drops ranks: once all are dropped it divides "
-                "by zero",
-                "leave one of them out",
-            )
 
 
 class Loha(TuckerOptions):
@@ -272,17 +118,16 @@ class Lokr(KroneckerOptions):
 
     algorithm: ClassVar[str] = "lokr"
 
+    def idle_flags(self) -> dict[str, str]:
+        """Give the flags of all networks that nothing reads."""
+        reason = "with full_matrix there is no rank"
+        return dict.fromkeys(_RANK_FLAGS, reason) if self.full_matrix else {}
+
     def faults(self) -> Iterator[Fault]:
         """Yield what is wrong with the combination of options."""
         yield from super().faults()
         if self.factor == 0:
             yield Fault("factor", "0 is not a size", "write -1 or a number >= 1")
-        if self.bypass_mode and self.rank_dropout:
-            yield Fault(
-                "rank_dropout",
-                "goes not with bypass_mode, which never makes the rows to drop",
-                "leave one of them out",
-            )
         if self.full_matrix:
             for option in ("decompose_both", "rs_lora"):
                 if getattr(self, option):
@@ -293,11 +138,93 @@ class Lokr(KroneckerOptions):
                     )
 
 
+class Dylora(ScaledOptions):
+    """DyLoRA: LoRA whose ranks are trained so that it can be cut (Valipour et al. 2022).
+
+    Each step trains one block of ranks, beside those below it. A file is a LoRA of the whole rank.
+    """
+
+    algorithm: ClassVar[str] = "dylora"
+
+    block_size: int = Field(4, ge=1, description="Ranks that train together; divides every rank.")
+
+    def faults(self) -> Iterator[Fault]:
+        """Yield the ranks that are no multiple of the block's size."""
+        yield from super().faults()
+        ranks: list[tuple[str, Sequence[int | None]]] = [
+            ("network_dim", [self.rank]),
+            ("conv_dim", [self.conv_rank]),
+            ("block_dims", self.block_dims or []),
+            ("conv_block_dims", self.conv_block_dims or []),
+        ]
+        for option, values in ranks:
+            if odd := sorted({rank for rank in values if rank and rank % self.block_size}):
+                if option == "conv_dim" and self.conv_dim is None:
+                    continue
+                yield Fault(
+                    option,
+                    f"{', '.join(map(str, odd))} is no multiple of block_size={self.block_size}",
+                    "change one of them",
+                )
+
+
+class Glora(FactorOptions):
+    """GLoRA: low-rank changes of the frozen weight and beside it (Chavan et al. 2023)."""
+
+    algorithm: ClassVar[str] = "glora"
+
+
+class Ia3(LycorisNetwork):
+    """(IA)^3: a factor for each output of a layer, or each input (Liu et al. 2022)."""
+
+    algorithm: ClassVar[str] = "ia3"
+
+    train_on_input: bool = Field(False, description="A factor for each input instead.")
+
+    def idle_flags(self) -> dict[str, str]:
+        """Give the flags of all networks that nothing reads."""
+        return dict.fromkeys(_RANK_FLAGS, "ia3 has no rank")
+
+
+class DiagOft(RotationOptions):
+    """Diag-OFT: blocks of a layer's outputs are rotated (Qiu et al. 2023).
+
+    ``network_dim`` is the size of the blocks, or their number.
+    """
+
+    algorithm: ClassVar[str] = "diag-oft"
+
+
+class Boft(RotationOptions):
+    """BOFT: outputs are rotated by a product of butterfly factors (Liu et al. 2024).
+
+    ``network_dim`` is the largest block; SDXL's sizes need at least 10.
+    """
+
+    algorithm: ClassVar[str] = "boft"
+
+
+class Full(LycorisNetwork):
+    """Whole weights and biases are trained; the file has their differences."""
+
+    algorithm: ClassVar[str] = "full"
+
+    def idle_flags(self) -> dict[str, str]:
+        """Give the flags of all networks that nothing reads."""
+        return dict.fromkeys(_RANK_FLAGS, "full has no rank")
+
+
 ALGORITHMS: dict[str, type[LycorisNetwork]] = {
     "lora": Lora,
     "locon": Lora,
     "loha": Loha,
     "lokr": Lokr,
+    "dylora": Dylora,
+    "glora": Glora,
+    "ia3": Ia3,
+    "diag-oft": DiagOft,
+    "boft": Boft,
+    "full": Full,
 }
 
 
@@ -305,12 +232,17 @@ def _lowered(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
-class Kohya(TuckerOptions, KroneckerOptions):
+class Kohya(
+    TuckerOptions, PlusOptions, KroneckerOptions, RotationOptions, Dylora, Glora, Ia3, Full
+):
     """LyCORIS as sd-scripts names it: any of the algorithms, by ``algo``."""
 
-    algo: Annotated[Literal["lora", "locon", "loha", "lokr"], BeforeValidator(_lowered)] = Field(
-        "lora", description="Algorithm; lora and locon are the same."
-    )
+    algo: Annotated[
+        Literal[
+            "lora", "locon", "loha", "lokr", "dylora", "glora", "ia3", "diag-oft", "boft", "full"
+        ],
+        BeforeValidator(_lowered),
+    ] = Field("lora", description="Algorithm; lora and locon are the same.")
 
     @property
     def chosen(self) -> LycorisNetwork:
@@ -322,6 +254,10 @@ class Kohya(TuckerOptions, KroneckerOptions):
     def build(self, model: LoadedModel) -> Adapter:
         """Attach the chosen algorithm to every part that trains."""
         return self.chosen.build(model)
+
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Yield what the algorithm has to say."""
+        yield from self.chosen.remarks(config)
 
     def faults(self) -> Iterator[Fault]:
         """Yield what is wrong with the options, and those that the algorithm does not have."""

@@ -39,9 +39,7 @@ RANKS = (16, 64)
 
 def ours(layer: Any, rank: int) -> Callable[[Tensor], Tensor]:
     """Adapt a layer with the built-in LoRA."""
-    target = Target(
-        name="layer", part="unet", layer=layer, rank=rank, alpha=rank / 2, group="unet"
-    )
+    target = Target(name="layer", part="unet", layer=layer, rank=rank, alpha=rank / 2, group="unet")
     adapted = LoraLayer(target, Lora(network_dim=rank)).to(layer.weight.device)
     nn.init.normal_(adapted.lora_up.weight, std=0.02)
     layer.keep = adapted
@@ -77,13 +75,17 @@ def of_lycoris(layer: Any, rank: int, *, bypass: bool) -> Callable[[Tensor], Ten
     return layer  # type: ignore[no-any-return]
 
 
-def make_steps(kind: str, side: int, channels: int, batch: int, rank: int, where: Any) -> dict[str, Step]:
-    """Make a training step of each adapter, on the same weights and input."""
+def make_steps(shape: tuple[int, ...], rank: int, where: Any) -> dict[str, Step]:
+    """Make a training step of each adapter, on the same weights and input.
+
+    Args:
+        shape: Of the input: [batch, tokens, channels], or [batch, channels, height, width].
+        rank: Of the adapters.
+        where: Device, dtype, and whether precision is mixed.
+    """
     torch.manual_seed(0)
-    if kind == "linear":
-        x = torch.randn(batch, side * side, channels)
-    else:
-        x = torch.randn(batch, channels, side, side)
+    x = torch.randn(shape)
+    channels = shape[2] if len(shape) == 3 else shape[1]
     x = x.to(where.device, where.dtype).requires_grad_()
     makers: dict[str, Callable[[Any, int], Callable[[Tensor], Tensor]]] = {
         "ours": ours,
@@ -95,7 +97,7 @@ def make_steps(kind: str, side: int, channels: int, batch: int, rank: int, where
     def step_of(make: Callable[[Any, int], Callable[[Tensor], Tensor]]) -> Step:
         torch.manual_seed(1)
         layer: nn.Module = nn.Linear(channels, channels)
-        if kind == "conv":
+        if len(shape) == 4:
             layer = nn.Conv2d(channels, channels, 3, padding=1)
         layer.to(where.device, where.dtype).requires_grad_(requires_grad=False)
         forward = make(layer, rank)
@@ -145,10 +147,13 @@ def main() -> None:
         for side, channels in SIZES:
             for batch in BATCHES:
                 for rank in RANKS:
-                    steps = make_steps(kind, side, channels, batch, rank, where)
+                    size: tuple[int, ...] = (batch, side * side, channels)
+                    if kind == "conv":
+                        size = (batch, channels, side, side)
+                    steps = make_steps(size, rank, where)
                     taken = measure(steps, given.repeats)
                     ratio = min(t for name, t in taken.items() if name != "ours") / taken["ours"]
-                    shape = f"{batch} x [{side * side}, {channels}]"
+                    shape = f"{batch} x {list(size[1:])}"
                     numbers = " | ".join(f"{1000 * t:.1f} ms" for t in taken.values())
                     print(f"| {kind} | {shape} | {rank} | {numbers} | {ratio:.2f} |", flush=True)
 

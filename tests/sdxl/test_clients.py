@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 SIZE = {"network_dim": 4, "network_alpha": 2.0}
 BOTH, LYCORIS = ("diffusers", "lycoris"), ("lycoris",)
 DORA = {"dora_wd": True, "wd_on_output": True}
+LYCORIS_OPTIONS: dict[str, dict[str, Any]] = {
+    "dylora": {"network_dim": 4, "block_size": 2, "conv_dim": 2},
+    "diag-oft": {"network_dim": 4, "constraint": 0.01, "rescaled": True},
+    "boft": {"network_dim": 8},
+}
 NETWORKS: dict[str, tuple[Network, tuple[str, ...]]] = {
     "lora": (Lora(**SIZE), BOTH),
     "lora-conv": (Lora(**SIZE, conv_dim=2, conv_alpha=1), BOTH),
@@ -45,10 +50,13 @@ NETWORKS: dict[str, tuple[Network, tuple[str, ...]]] = {
     "lokr-full": (Lokr(full_matrix=True), LYCORIS),
     **{
         f"lycoris-{name}": (
-            network.model_validate({**SIZE, "conv_dim": 2} if name != "full" else {}),
-            BOTH if name in ("lora", "locon") else LYCORIS,
+            network.model_validate(LYCORIS_OPTIONS.get(name, {**SIZE, "conv_dim": 2})),
+            BOTH if name in ("lora", "locon", "dylora") else LYCORIS,
         )
         for name, network in ALGORITHMS.items()
+        # LyCORIS fails to read its own files of ia3. It takes full differences twice when a state
+        # is loaded over a network that was made of the file, as it is here.
+        if name not in ("ia3", "full")
     },
     "lycoris-lora-dora": (ALGORITHMS["lora"].model_validate({**SIZE, **DORA}), LYCORIS),
     "lycoris-loha-dora": (ALGORITHMS["loha"].model_validate({**SIZE, **DORA}), LYCORIS),

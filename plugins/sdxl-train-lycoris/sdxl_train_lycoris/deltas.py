@@ -230,8 +230,8 @@ class GloraDelta(LibraryDelta):
         frozen = self.frozen
         of_weight = torch.einsum("oi...,ir,rj->oj...", frozen, a1, a2)
         beside = (b1 @ self.module.b2.weight.flatten(1)).view(frozen.shape)
-        scale: Tensor = self.module.scale * self.module.scalar
-        return (of_weight + beside) * scale
+        made: Tensor = (of_weight + beside) * (self.module.scale * self.module.scalar)
+        return made
 
     def shrink(self, ratio: Tensor) -> None:
         """Multiply one factor of each product."""

@@ -538,6 +538,8 @@ class Command(Component):
 
     positional: ClassVar[tuple[str, ...]] = ()
     """Names of the fields that may be given by position; a list takes all words that are left."""
+    short: ClassVar[Mapping[str, str]] = {}
+    """Letters that stand for a field: ``{"o": "save_to"}`` makes ``-o`` another ``--save_to``."""
 
     @abstractmethod
     def run(self) -> int:

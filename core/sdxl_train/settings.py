@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 REPEATABLE = ("plugin", *(kind.selector for kind in KINDS if kind.stacked))
 """Options whose values add up when they are given again; of others the last one wins."""
 
+_FLAG = re.compile(r"--.|-[A-Za-z]$")
+"""``-r`` is a flag too, for the commands that know it; ``-1`` is a value."""
 _TABLES = tuple(kind.args for kind in KINDS if kind.args)
 _PLURALS = {"plugins": "plugin"}
 """The key of a list reads better in the plural."""
@@ -36,7 +39,7 @@ def from_words(
     leading, groups = _flag_groups(words)
     settings: dict[str, Setting] = {}
     for flag, values in groups:
-        name = _normal(flag.removeprefix("--"))
+        name = _normal(flag.lstrip("-"))
         given = Words(tuple(values))
         before = settings.get(name)
         if before is not None and isinstance(before.value, Words):
@@ -54,7 +57,7 @@ def _flag_groups(words: Sequence[str]) -> tuple[list[str], list[tuple[str, list[
     leading: list[str] = []
     groups: list[tuple[str, list[str]]] = []
     for word in words:
-        if word.startswith("--") and len(word) > 2:
+        if _FLAG.match(word):
             flag, equals, value = word.partition("=")
             groups.append((flag, [value] if equals else []))
         elif groups:

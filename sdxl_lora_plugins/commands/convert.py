@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from sdxl_lora_plugins.commands.written import (
     WritingCommand,
+    base_or_none,
+    most_rank,
     no_plain_lora,
-    open_base,
     require,
+    require_values,
     stored_dtype,
 )
 from sdxl_lora_plugins.files.opening import open_networks
@@ -18,7 +20,7 @@ from sdxl_train import Field, Problem
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sdxl_lora_plugins.files import NetworkFile
+    from sdxl_lora_plugins.files import NetworkFile, StoredModule
     from sdxl_lora_plugins.files.plain import PlainModule
 
 
@@ -48,12 +50,7 @@ class Convert(WritingCommand):
         problems = list(self.output_problems([self.model]))
         files = open_networks([self.model], problems)
         problems += no_plain_lora(files, has_base=self.sd_model is not None)
-        others = [
-            module.title
-            for file in files
-            for module in file.modules.values()
-            if module.algorithm != "lora" or module.is_dora
-        ]
+        others = [m.title for file in files for m in file.modules.values() if not _is_plain(m)]
         if others and self.new_rank is None:
             problems.append(
                 Problem(
@@ -63,35 +60,66 @@ class Convert(WritingCommand):
                     remedy="give the rank of the LoRA that is to stand for them",
                 )
             )
+        elif files and not others and self.new_rank is not None:
+            problems.append(
+                Problem(
+                    place="--new_rank",
+                    message="would do nothing: every layer is a plain LoRA, which keeps its rank",
+                    remedy="leave it out, or use sdxl-train resize",
+                )
+            )
         require(problems)
-        from sdxl_lora_plugins.files.plain import write_plain
-
-        modules = list(self._converted(files[0]))
-        print(f"{len(modules)} layers, {len(others)} by SVD, in the naming of {self.to}")
-        if not self.dry_run:
-            dtype = self.dtype_or(stored_dtype(files[0]))
-            write_plain(self.save_to, modules, files[0].metadata, naming=self.to, dtype=dtype)
-            print(f"wrote {self.save_to}")
+        require_values(files)
+        (file,) = files
+        print(f"{len(file.modules)} layers, {len(others)} by SVD, in the naming of {self.to}")
+        if self.dry_run:
+            print(*self._listing(file), sep="\n")
+            return 0
+        self.write_lora(
+            self._converted(file),
+            file.metadata,
+            total=len(file.modules),
+            dtype=self.dtype_or(stored_dtype(file)),
+            naming=self.to,
+        )
         return 0
 
-    def _converted(self, file: NetworkFile) -> Iterator[PlainModule]:
-        from contextlib import nullcontext
+    def _listing(self, file: NetworkFile) -> Iterator[str]:
+        for module in file.modules.values():
+            if _is_plain(module):
+                yield f"{module.name}: {module.title} of rank {module.rank}, as it is"
+            else:
+                sides = [rank for rank in (self.new_rank, most_rank(module)) if rank]
+                yield f"{module.name}: {module.title} -> LoRA of rank {min(sides)}"
 
+    def _converted(self, file: NetworkFile) -> Iterator[tuple[PlainModule, str]]:
         from sdxl_lora_plugins.files.deltas import delta
         from sdxl_lora_plugins.files.plain import decompose, from_svd, stored, weight_shape
 
-        opened = open_base(self.sd_model, "--sd_model") if self.sd_model else nullcontext()
-        with file.weights() as read, opened as base:
+        lost: list[float] = []
+        with file.weights() as read, base_or_none(self.sd_model) as base:
             for module in file.modules.values():
                 tensors = read(module)
                 weight = base.weight(module.layer) if base and module.needs_base else None
                 plain = stored(module, tensors, weight)
                 if plain is not None:
-                    yield plain
+                    yield plain, f"{module.title} of rank {plain.rank}"
                     continue
                 svd = decompose(module, tensors, weight, self.new_rank)
                 whole = delta(module, tensors, weight)
                 norm = 0.0 if whole is None else float(whole.norm())
                 kept = float(svd.s.norm()) / norm if norm else 1.0
-                print(f"{module.name}: {module.title}, {kept:.1%} of the norm kept")
-                yield from_svd(module.layer, weight_shape(module, weight), svd)
+                lost.append(kept)
+                yield (
+                    from_svd(module.layer, weight_shape(module, weight), svd),
+                    f"{module.title}, {kept:.1%} of the norm kept",
+                )
+        if lost:
+            print(
+                f"of the norms of deltas that were decomposed, {min(lost):.1%} to "
+                f"{max(lost):.1%} are kept"
+            )
+
+
+def _is_plain(module: StoredModule) -> bool:
+    return module.algorithm == "lora" and not module.is_dora

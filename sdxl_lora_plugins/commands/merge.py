@@ -1,4 +1,4 @@
-"""``sdxl-train merge``: networks into a checkpoint, or into one LoRA."""
+"""``sdxl-train merge``: networks into a base model, or into one LoRA."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_lora_plugins.commands.written import (
     WritingCommand,
+    most_rank,
     no_plain_lora,
     open_base,
+    progress,
     require,
+    require_values,
     stored_dtype,
 )
 from sdxl_lora_plugins.files.opening import open_networks
@@ -17,56 +20,74 @@ from sdxl_train import Field, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from typing import Never
+
+    from tqdm import tqdm
 
     from sdxl_lora_plugins.files import NetworkFile
 
 
 class Merge(WritingCommand):
-    """Merge networks into a checkpoint (--sd_model), or into one LoRA.
+    """Merge networks into a base model (--sd_model), or into one LoRA.
 
-    Into a checkpoint: W + the sum of ratio times delta, each delta of the untouched W, computed in
-    fp32, read and written tensor by tensor. Into a LoRA: the exact sum, whose ranks add up, or with
-    --new_rank its best approximation of that rank.
+    Into a single file or a diffusers folder: W + the sum of ratio times delta, each delta of the
+    untouched W, computed in fp32, read and written tensor by tensor. Into a LoRA: the exact sum,
+    whose ranks add up, or with --new_rank its best approximation of that rank.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("models",)
 
-    models: list[Path] = Field(description="The networks, of any kind and naming.")
+    models: list[Path] = Field(min_length=1, description="The networks, of any kind and naming.")
     ratios: list[float] | None = Field(
         None, description="What each delta is multiplied by; 1 for all if not given."
     )
     sd_model: Path | None = Field(
-        None, description="Merge into this single-file checkpoint instead of into one LoRA."
+        None, description="Merge into this checkpoint or diffusers folder, instead of into a LoRA."
     )
     new_rank: int | None = Field(None, ge=1, description="Rank of the one LoRA; their sum if not.")
 
     def run(self) -> int:
         """Merge and write."""
         inputs = [*self.models, *([self.sd_model] if self.sd_model else [])]
-        problems = list(self.output_problems(inputs))
+        if self.sd_model is not None and self.sd_model.is_dir():
+            problems = list(self.place_problems(self.save_to, inputs))
+            if self.save_to.is_dir() and not (self.save_to / "model_index.json").is_file():
+                problems.append(
+                    Problem(
+                        place="--save_to",
+                        message=f"{self.save_to} is a folder of something else than a model",
+                        remedy="name a new folder",
+                    )
+                )
+        else:
+            problems = list(self.output_problems(inputs))
         files = open_networks(self.models, problems)
         if self.ratios is not None and len(self.ratios) != len(self.models):
             problems.append(
                 Problem(
                     place="--ratios",
                     message=f"has {len(self.ratios)} numbers for {len(self.models)} networks",
+                    remedy="give one for each network, in their order",
                 )
             )
         if self.sd_model is None:
             problems += self._lora_problems(files)
         elif self.new_rank is not None:
-            problems.append(Problem(place="--new_rank", message="is of no use with --sd_model"))
-        elif self.sd_model.is_dir():
             problems.append(
                 Problem(
-                    place="--sd_model", message=f"{self.sd_model} is a folder, not a single file"
+                    place="--new_rank",
+                    message="is of no use with --sd_model: a base model has no rank",
+                    remedy="leave it out",
                 )
             )
         require(problems)
+        require_values(files)
         pairs = list(zip(files, self.ratios or [1.0] * len(files), strict=True))
         if self.sd_model is None:
-            return self._into_lora(pairs)
-        return self._into_checkpoint(self.sd_model, pairs)
+            self._into_lora(pairs)
+        else:
+            self._into_model(self.sd_model, pairs)
+        return 0
 
     def _lora_problems(self, files: Sequence[NetworkFile]) -> Iterator[Problem]:
         yield from no_plain_lora(files, has_base=False)
@@ -80,28 +101,35 @@ class Merge(WritingCommand):
                     remedy="give --new_rank",
                 )
 
-    def _into_lora(self, pairs: Sequence[tuple[NetworkFile, float]]) -> int:
+    def _into_lora(self, pairs: Sequence[tuple[NetworkFile, float]]) -> None:
+        names = dict.fromkeys(name for file, _ in pairs for name in file.modules)
+        if self.dry_run:
+            for name in names:
+                own = [most_rank(f.modules[name]) or 0 for f, _ in pairs if name in f.modules]
+                rank = min(sum(own), self.new_rank or sum(own))
+                print(f"{name}: ranks {', '.join(map(str, own))} -> LoRA of rank {rank}")
+            return
         from sdxl_lora_plugins.commands.merge_run import merged_modules
-        from sdxl_lora_plugins.files.plain import write_plain
 
-        modules = list(merged_modules(pairs, self.new_rank))
-        ranks = sorted({module.rank for module in modules})
-        print(f"{len(modules)} layers of rank {ranks[0]} to {ranks[-1]}")
-        if not self.dry_run:
-            first = pairs[0][0]
-            dtype = self.dtype_or(stored_dtype(first))
-            write_plain(self.save_to, modules, first.metadata, dtype=dtype)
-            print(f"wrote {self.save_to}")
-        return 0
+        merged = merged_modules(pairs, names, self.new_rank)
+        modules = ((module, f"rank {module.rank}") for module in merged)
+        first = pairs[0][0]
+        dtype = self.dtype_or(stored_dtype(first))
+        self.write_lora(modules, first.metadata, total=len(names), dtype=dtype)
 
-    def _into_checkpoint(self, checkpoint: Path, pairs: Sequence[tuple[NetworkFile, float]]) -> int:
-        from sdxl_lora_plugins.commands.merge_run import CheckpointMerge
+    def _into_model(self, model: Path, pairs: Sequence[tuple[NetworkFile, float]]) -> None:
+        from sdxl_lora_plugins.commands.merge_run import ModelMerge
 
-        with open_base(checkpoint, "--sd_model") as base:
-            merge = CheckpointMerge(base, pairs)
+        with open_base(model, "--sd_model") as base:
+            merge = ModelMerge(base, pairs)
             require(list(merge.problems()))
+            if self.dry_run or self.verbose:
+                for name, parts in merge.places.items():
+                    print(f"{name}: + {', '.join(part.module.title for part in parts)}")
             print(f"{len(merge.places)} of {len(base.places)} tensors change")
-            if not self.dry_run:
-                merge.write(self.save_to, self.dtype_or)
-                print(f"wrote {self.save_to}")
-        return 0
+            if self.dry_run:
+                return
+            bar: tqdm[Never]
+            with progress(total=len(base.places), title=self.save_to.name, unit="tensor") as bar:
+                merge.write(self.save_to, self.dtype_or, bar.update)
+            print(f"wrote {self.save_to}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import shutil
+import tempfile
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,8 +18,7 @@ from sdxl_lora_plugins.model.headers import counted, read_header
 from sdxl_train import TENSOR_DTYPES, Problem, TensorEntry, UserError, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -35,14 +37,13 @@ class _Part:
 
 
 def merged_modules(
-    pairs: Sequence[tuple[NetworkFile, float]], rank: int | None
+    pairs: Sequence[tuple[NetworkFile, float]], names: Iterable[str], rank: int | None
 ) -> Iterator[PlainModule]:
     """Yield the sums of the deltas of networks, layer by layer.
 
     Raises:
         UserError: If a layer has different shapes in two networks.
     """
-    names = dict.fromkeys(name for file, _ in pairs for name in file.modules)
     with ExitStack() as opened:
         readers = [(file, ratio, opened.enter_context(file.weights())) for file, ratio in pairs]
         for name in names:
@@ -80,16 +81,32 @@ def _matrix(part: _Part) -> Tensor:
     return found.flatten(1)
 
 
-class CheckpointMerge:
-    """Networks to be added to the weights of a checkpoint."""
+class Summand(NamedTuple):
+    """What one network adds to a tensor of a base model.
+
+    Attributes:
+        number: Which network.
+        module: Its delta.
+        origin: Where in the tensor.
+        parameter: ``weight`` or ``bias``.
+    """
+
+    number: int
+    module: StoredModule
+    origin: Origin
+    parameter: str
+
+
+class ModelMerge:
+    """Networks to be added to the weights of a base model."""
 
     def __init__(self, base: BaseWeights, pairs: Sequence[tuple[NetworkFile, float]]) -> None:
         self._base = base
         self._pairs = pairs
+        self._readers: list[Callable[[StoredModule], dict[str, Tensor]]] = []
         self._absent: dict[Path, list[str]] = {}
-        self.places: dict[str, list[tuple[int, StoredModule, Origin, str]]] = {}
-        """What is added to each tensor: which network, module, where in the tensor, and whether to
-        its ``weight`` or ``bias``."""
+        self.places: dict[str, list[Summand]] = {}
+        """What is added to each tensor."""
         for number, (file, _) in enumerate(pairs):
             for module in file.modules.values():
                 for parameter in _parameters(module):
@@ -97,52 +114,82 @@ class CheckpointMerge:
                     if origin is None:
                         self._absent.setdefault(file.path, []).append(module.name)
                     else:
-                        part = (number, module, origin, parameter)
+                        part = Summand(number, module, origin, parameter)
                         self.places.setdefault(origin.name, []).append(part)
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what does not fit the checkpoint."""
+        """Yield what does not fit the base model."""
         for path, names in self._absent.items():
             yield Problem(
-                place=str(path), message=f"the checkpoint has no {counted(names, 'layer')}"
+                place=str(path), message=f"the base model has no {counted(names, 'layer')}"
             )
-        shapes = read_header(self._base.path).shapes
-        for parts in self.places.values():
+        for name, parts in self.places.items():
+            whole = torch.empty(self._base.shape(name), device="meta")
             for number, module, origin, parameter in parts:
                 shape = module.weight_shape if parameter == "weight" else None
-                stored = origin.take(torch.empty(shapes[origin.name], device="meta")).shape
+                stored = origin.take(whole).shape
                 if shape and (shape[0], torch.Size(shape[1:]).numel()) != (
                     stored[0],
                     stored[1:].numel(),
                 ):
                     yield Problem(
                         place=str(self._pairs[number][0].path),
-                        message=f"{module.name} is for a weight {list(shape)}, the checkpoint's "
+                        message=f"{module.name} is for a weight {list(shape)}, the base model's "
                         f"is {list(stored)}",
                     )
 
-    def write(self, path: Path, dtype_or: Callable[[torch.dtype], torch.dtype]) -> None:
-        """Write the checkpoint with its weights merged, everything else as it is."""
-        header = read_header(self._base.path)
+    def write(
+        self,
+        path: Path,
+        dtype_or: Callable[[torch.dtype], torch.dtype],
+        count: Callable[[], object],
+    ) -> None:
+        """Write the model with its weights merged, everything else as it is.
+
+        Args:
+            path: The file, or the folder where the model is one.
+            dtype_or: Gives the dtype in which one that is stored is written.
+            count: Is called after each tensor.
+        """
+        with ExitStack() as opened:
+            self._readers = [opened.enter_context(file.weights()) for file, _ in self._pairs]
+            if not self._base.is_folder:
+                self._write_file(self._base.path, path, dtype_or, count)
+                return
+            folder = opened.enter_context(_replacing_folder(path))
+            self._base.copy_others(folder)
+            for file in dict.fromkeys(self._base.places.values()):
+                target = folder / file.relative_to(self._base.path)
+                self._write_file(file, target, dtype_or, count)
+
+    def _write_file(
+        self,
+        source: Path,
+        target: Path,
+        dtype_or: Callable[[torch.dtype], torch.dtype],
+        count: Callable[[], object],
+    ) -> None:
+        header = read_header(source)
         entries = {}
         for name, shape in header.shapes.items():
             dtype = TENSOR_DTYPES[header.dtypes[name]]
-            entries[name] = TensorEntry(
-                dtype_or(dtype) if dtype.is_floating_point else dtype, shape
-            )
-        with ExitStack() as opened:
-            readers = [opened.enter_context(file.weights()) for file, _ in self._pairs]
-            write_tensors(path, entries, lambda name: self._merged(name, readers), header.metadata)
+            dtype = dtype_or(dtype) if dtype.is_floating_point else dtype
+            entries[name] = TensorEntry(dtype, shape)
+        prefix = self._base.prefix_of(source)
 
-    def _merged(
-        self, name: str, readers: Sequence[Callable[[StoredModule], dict[str, Tensor]]]
-    ) -> Tensor:
+        def merged(name: str) -> Tensor:
+            count()
+            return self._merged(prefix + name)
+
+        write_tensors(target, entries, merged, header.metadata)
+
+    def _merged(self, name: str) -> Tensor:
         stored = self._base.read(name)
         if name not in self.places:
             return stored
         untouched, merged = stored.float(), stored.float().clone()
         for number, module, origin, parameter in self.places[name]:
-            tensors, ratio = readers[number](module), self._pairs[number][1]
+            tensors, ratio = self._readers[number](module), self._pairs[number][1]
             target = origin.take(merged)
             if parameter == "weight":
                 added = delta(module, tensors, origin.take(untouched))
@@ -151,6 +198,21 @@ class CheckpointMerge:
             assert added is not None
             target += ratio * added.reshape(target.shape)
         return merged
+
+
+@contextmanager
+def _replacing_folder(path: Path) -> Iterator[Path]:
+    """Give a folder that takes the name of ``path``, and its place, only when it is complete."""
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(path.parent.stat().st_mode & 0o777)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def _parameters(module: StoredModule) -> Iterator[str]:

@@ -7,20 +7,26 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from sdxl_lora_plugins.commands.written import (
     WritingCommand,
+    base_or_none,
+    most_rank,
     no_plain_lora,
-    open_base,
+    progress,
     require,
+    require_values,
     stored_dtype,
 )
 from sdxl_lora_plugins.files.opening import open_networks
 from sdxl_train import Field, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.files import NetworkFile
+    from sdxl_lora_plugins.commands.recipe import Recipe
+    from sdxl_lora_plugins.commands.resize_run import Cut, Whole
+    from sdxl_lora_plugins.files import Layer, NetworkFile
+    from sdxl_lora_plugins.files.base import BaseWeights
     from sdxl_lora_plugins.files.plain import PlainModule
 
 
@@ -29,12 +35,20 @@ class Resize(WritingCommand):
 
     Each delta is decomposed into singular values and the largest are kept: the best matrix of that
     rank. The result is a plain LoRA in kohya's naming, whatever the network was.
+
+    Either one network to --save_to with --new_rank; or, with a recipe, any number of networks to a
+    file or folder: ``resize base.safetensors a.safetensors -r fro_ckpt=1,thr=-3.55 -o folder``.
     """
 
     positional: ClassVar[tuple[str, ...]] = ("model",)
+    short: ClassVar[Mapping[str, str]] = {**WritingCommand.short, "r": "recipe"}
 
-    model: Path = Field(description="The network.")
-    new_rank: int = Field(ge=1, description="Rank of every layer, or the most with a method.")
+    model: list[Path] = Field(
+        min_length=1, description="The network; with a recipe several, and the base model."
+    )
+    new_rank: int | None = Field(
+        None, ge=1, description="Rank of every layer, or the most with a method or a recipe."
+    )
     new_conv_rank: int | None = Field(
         None, ge=1, description="The same for 3x3 convolutions; new_rank if not given."
     )
@@ -45,28 +59,91 @@ class Resize(WritingCommand):
         "Frobenius norm, or of the sum of all.",
     )
     dynamic_param: float | None = Field(None, gt=0, description="What the method needs.")
+    recipe: str | None = Field(
+        None,
+        description="Choose ranks by scores, over all layers: fro_ckpt=1,thr=-3.5; -r for short. "
+        "Several, separated by colons, give a file each.",
+    )
     sd_model: Path | None = Field(
-        None, description="The base model, where the deltas depend on it (DoRA, OFT, IA3)."
+        None,
+        description="The base model, for recipes, and where the deltas depend on it (DoRA, OFT, "
+        "IA3).",
     )
 
     def run(self) -> int:
         """Decompose, cut and write."""
-        problems = [*self.output_problems([self.model]), *self._method_problems()]
-        files = open_networks([self.model], problems)
-        require(problems + no_plain_lora(files, has_base=self.sd_model is not None))
-        from sdxl_lora_plugins.files.plain import write_plain
+        from sdxl_lora_plugins.commands.recipe import parse_recipes
 
-        modules = []
-        for module, kept in self._resized(files[0]):
-            print(f"{module.layer.kohya}: rank {module.rank}, {kept:.1%} of the norm")
-            modules.append(module)
-        if not self.dry_run:
-            dtype = self.dtype_or(stored_dtype(files[0]))
-            write_plain(self.save_to, modules, files[0].metadata, dtype=dtype)
-            print(f"wrote {self.save_to}")
+        recipes = parse_recipes(self.recipe, "--recipe") if self.recipe else []
+        base, paths = self._sources()
+        problems = [*self._target_problems(paths, recipes), *self._rank_problems(recipes, base)]
+        files = open_networks(paths, problems)
+        require(problems + no_plain_lora(files, has_base=base is not None))
+        require_values(files)
+        with base_or_none(base) as opened:
+            for file in files:
+                for recipe in recipes:
+                    self._by_recipe(file, opened, recipe)
+                if not recipes:
+                    self._by_rank(file, opened)
         return 0
 
-    def _method_problems(self) -> Iterator[Problem]:
+    def _sources(self) -> tuple[Path | None, list[Path]]:
+        """Tell the base model from the networks: it may stand among them, as in other tools."""
+        if self.sd_model is not None:
+            return self.sd_model, self.model
+        bases = [path for path in self.model if _is_base(path)]
+        networks = [path for path in self.model if path not in bases[:1]]
+        return (bases[0] if bases else None), networks
+
+    def _target_problems(
+        self, paths: Sequence[Path], recipes: Sequence[Recipe]
+    ) -> Iterator[Problem]:
+        if not paths:
+            yield Problem(place="--model", message="names no network, only the base model")
+        is_file = self.save_to.suffix == ".safetensors"
+        if is_file and len(paths) <= 1 and len(recipes) <= 1:
+            yield from self.place_problems(self.save_to, paths)
+        elif not recipes:
+            yield from self.output_problems(paths)
+            if len(paths) > 1:
+                yield Problem(
+                    place="--model",
+                    message=f"{len(paths)} networks for one --save_to",
+                    remedy="resize one at a time, or give a --recipe and a folder",
+                )
+        elif is_file:
+            yield Problem(
+                place="--save_to",
+                message=f"is one file for {len(paths)} networks and {len(recipes)} recipes",
+                remedy="name a folder",
+            )
+        elif not self.save_to.is_dir():
+            yield Problem(
+                place="--save_to",
+                message=f"there is no folder {self.save_to}",
+                remedy="make it first, or name a .safetensors file",
+            )
+
+    def _rank_problems(self, recipes: Sequence[Recipe], base: Path | None) -> Iterator[Problem]:
+        if not recipes and self.new_rank is None:
+            yield Problem(
+                place="--new_rank",
+                message="is required without a --recipe",
+                remedy="give a rank, or -r fro_ckpt=1,thr=-3.5 and the base model",
+            )
+        if recipes and self.dynamic_method is not None:
+            yield Problem(
+                place="--dynamic_method",
+                message="does not go with --recipe: both choose the ranks",
+                remedy="leave one of them out",
+            )
+        if base is None and any(recipe.needs_base for recipe in recipes):
+            yield Problem(
+                place="--recipe",
+                message=f"{self.recipe!r} scores against the base model, and none is named",
+                remedy="name it with --sd_model",
+            )
         if (self.dynamic_method is None) != (self.dynamic_param is None):
             yield Problem(
                 place="--dynamic_method", message="is given only together with --dynamic_param"
@@ -80,38 +157,115 @@ class Resize(WritingCommand):
                     message=f"{self.dynamic_param} is not {bound}, as {self.dynamic_method} needs",
                 )
 
-    def _resized(self, file: NetworkFile) -> Iterator[tuple[PlainModule, float]]:
-        """Yield modules, and the share of the Frobenius norm that they keep."""
-        from contextlib import nullcontext
-        from math import prod
-
-        from sdxl_lora_plugins.files.plain import decompose, from_svd, weight_shape
-
-        opened = open_base(self.sd_model, "--sd_model") if self.sd_model else nullcontext()
-        with file.weights() as read, opened as base:
+    def _by_rank(self, file: NetworkFile, base: BaseWeights | None) -> None:
+        if self.dry_run and self.dynamic_method is None:
             for module in file.modules.values():
-                tensors = read(module)
-                weight = base.weight(module.layer) if base and module.needs_base else None
-                shape = weight_shape(module, weight)
-                whole = decompose(module, tensors, weight)
-                is_wide = prod(shape[2:]) > 1
-                most = (is_wide and self.new_conv_rank) or self.new_rank
-                cut = whole.cut(min(most, self._rank(whole.s)))
-                norm = float(whole.s.norm())
-                yield (
-                    from_svd(module.layer, shape, cut),
-                    float(cut.s.norm()) / norm if norm else 1.0,
-                )
+                ranks = filter(None, (self._most(module.layer), most_rank(module)))
+                print(f"{module.name}: {module.title} of rank {module.rank} -> {min(ranks)}")
+            return
+        from sdxl_lora_plugins.commands.resize_run import decomposed
 
-    def _rank(self, values: Tensor) -> int:
-        """Give the rank that the method wants for singular values [k], descending; at least 1."""
-        if self.dynamic_param is None or not values[0]:
-            return len(values) if self.dynamic_param is None else 1
+        # Only the sum of all singular values needs all of them.
+        is_sum = self.dynamic_method == "sv_cumulative"
+        most: Callable[[Layer], int | None] = _all if is_sum else self._most
+        cuts = (
+            whole.cut(whole.svd.cut(self._rank(whole))) for whole in decomposed(file, base, most)
+        )
+        self._finish(file, cuts, self.save_to, {})
+
+    def _by_recipe(self, file: NetworkFile, base: BaseWeights | None, recipe: Recipe) -> None:
+        from sdxl_lora_plugins.commands.resize_run import decomposed
+        from sdxl_lora_plugins.files.lowrank import Svd
+
+        most: Callable[[Layer], int | None] = _all if self.new_rank is None else self._most
+        itemsize = self.dtype_or(stored_dtype(file)).itemsize
+        scores: list[Tensor] = []
+        costs: list[int] = []
+        wholes = decomposed(file, base, most, with_weights=recipe.needs_base)
+        title = f"score {file.path.name}"
+        for whole in progress(wholes, total=len(file.modules), title=title):
+            found = recipe.scores(whole.svd, whole.weight)
+            limit = most(whole.module.layer)
+            found[limit:] = float("-inf") if limit is not None else found[limit:]
+            scores.append(found)
+            costs.append((len(whole.svd.u) + whole.svd.v.shape[1]) * itemsize)
+        least = recipe.least(scores, costs)
+
+        def cuts() -> Iterator[Cut]:
+            # Decomposed anew: to keep all of the first would take as much memory as the network.
+            for whole, score in zip(decomposed(file, base, most), scores, strict=True):
+                stays, (u, s, v) = score >= least, whole.svd
+                yield whole.cut(Svd(u[:, stays], s[stays], v[stays]), recipe.rescale)
+
+        path = self.save_to
+        if path.suffix != ".safetensors":
+            path = path / f"{file.path.stem}_{recipe.file_words(least)}.safetensors"
+            require(list(self.place_problems(path, [file.path])))
+        print(f"{recipe.text}: singular values that score {least:.4f} or more stay")
+        self._finish(file, cuts(), path, recipe.metadata(least))
+
+    def _finish(
+        self, file: NetworkFile, cuts: Iterable[Cut], path: Path, made: Mapping[str, str]
+    ) -> None:
+        """Write what is left of the layers, or list it."""
+        total, gone = len(file.modules), 0
+        if self.dry_run:
+            for cut in progress(cuts, total=total, title=path.name):
+                print(f"{cut.name}: {cut.told}")
+            return
+
+        def modules() -> Iterator[tuple[PlainModule, str]]:
+            nonlocal gone
+            for cut in cuts:
+                if cut.module is not None:
+                    yield cut.module, cut.told
+                else:
+                    gone += 1
+                    self.say(f"{cut.name}: {cut.told}")
+
+        note, said = f"resized from {file.path.name}", file.metadata.get("ss_training_comment")
+        comment = note if said in (None, "None") else f"{note}; {said}"
+        metadata = {**file.metadata, **made, "ss_training_comment": comment}
+        dtype = self.dtype_or(stored_dtype(file))
+        self.write_lora(modules(), metadata, total=total, dtype=dtype, path=path)
+        if gone:
+            print(f"{gone} layers are left out")
+
+    def _most(self, layer: Layer) -> int:
+        """Give the most ranks of a layer."""
+        from sdxl_lora_plugins.files.plain import is_wide
+
+        assert self.new_rank is not None
+        return (is_wide(layer) and self.new_conv_rank) or self.new_rank
+
+    def _rank(self, whole: Whole) -> int:
+        """Give the rank that the method wants for a layer; at least 1, at most what is allowed."""
+        values, most = whole.svd.s, self._most(whole.module.layer)
+        if self.dynamic_param is None:
+            return most
+        if not values[0]:
+            return 1
         if self.dynamic_method == "sv_ratio":
-            return int((values >= values[0] / self.dynamic_param).sum())
-        parts = values.double()
-        share = self.dynamic_param
+            return min(most, int((values >= values[0] / self.dynamic_param).sum()))
+        parts, share, total = values.double(), self.dynamic_param, float(values.double().sum())
         if self.dynamic_method == "sv_fro":
-            parts, share = parts.square(), share**2
-        sums = parts.cumsum(0) / parts.sum()
-        return min(int((sums < share).sum()) + 1, len(values))
+            parts, share, total = parts.square(), share**2, whole.norm**2
+        return min(most, int((parts.cumsum(0) / total < share).sum()) + 1)
+
+
+def _all(layer: Layer) -> None:
+    """Want every singular value of a layer."""
+
+
+def _is_base(path: Path) -> bool:
+    """Tell whether this is a base model and no network."""
+    from sdxl_lora_plugins.files import BadFileError
+    from sdxl_lora_plugins.model import kinds
+    from sdxl_lora_plugins.model.headers import read_header
+
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    try:
+        return kinds.kind_of(read_header(path).shapes) == kinds.SDXL
+    except BadFileError:  # a problem of its own, told where networks are opened
+        return False

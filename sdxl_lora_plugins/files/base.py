@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
@@ -84,6 +85,29 @@ class BaseWeights:
         """Read a layer's weight in its stored dtype; None if the model has no such layer."""
         origin = self.origin(layer)
         return None if origin is None else origin.take(self.read(origin.name))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor by its name in :attr:`places`."""
+        place = self.places[name]
+        return read_header(place).shapes[name.removeprefix(self.prefix_of(place))]
+
+    def prefix_of(self, file: Path) -> str:
+        """Give what stands in :attr:`places` before the names in a file."""
+        if not self.is_folder:
+            return ""
+        parts = {folder: part for part, folder in _FOLDERS.items()}
+        return f"{parts[file.relative_to(self.path).parts[0]]}."
+
+    def copy_others(self, folder: Path) -> None:
+        """Copy everything of a diffusers folder but the weights in :attr:`places`."""
+        weights = set(self.places.values())
+        for source in self.path.rglob("*"):
+            target = folder / source.relative_to(self.path)
+            if source.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            elif source not in weights:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
 
     def read(self, name: str) -> Tensor:
         """Read a tensor by its name in :attr:`places`."""

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import torch
 
@@ -22,7 +22,7 @@ from sdxl_lora_plugins.files.network_file import ADAPTER_METADATA, NetworkFile
 from sdxl_train import TensorEntry, UserError, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -57,6 +57,11 @@ class PlainModule:
         """Rows of ``down``."""
         return len(self.down)
 
+    @property
+    def facts(self) -> PlainFacts:
+        """What the metadata of a file says of it."""
+        return PlainFacts(self.layer, self.shape, self.rank, self.alpha)
+
     def tensors(self, naming: OutputNaming, dtype: torch.dtype) -> dict[str, Tensor]:
         """Give the tensors of a file, by their names in it."""
         name = self.layer.name(naming)
@@ -74,6 +79,15 @@ class PlainModule:
         }
 
 
+class PlainFacts(NamedTuple):
+    """A module without its tensors."""
+
+    layer: Layer
+    shape: tuple[int, ...]
+    rank: int
+    alpha: float
+
+
 def weight_shape(module: StoredModule, base: Tensor | None) -> tuple[int, ...]:
     """Give the shape of a layer's weight, with its kernel, where the file has it flat or not."""
     if base is not None:
@@ -82,11 +96,16 @@ def weight_shape(module: StoredModule, base: Tensor | None) -> tuple[int, ...]:
     if shape is None:
         raise ValueError(f"{module.name}: {module.title} does not tell the shape of its weight")
     if len(shape) == 2 and module.layer.part == "unet":
-        if _CONV3.fullmatch(module.layer.path):
+        if is_wide(module.layer):
             return (shape[0], shape[1] // 9, 3, 3)
         if _CONV1.fullmatch(module.layer.path):
             return (*shape, 1, 1)
     return shape
+
+
+def is_wide(layer: Layer) -> bool:
+    """Tell whether a layer is a 3x3 convolution."""
+    return layer.part == "unet" and _CONV3.fullmatch(layer.path) is not None
 
 
 def stored(
@@ -143,24 +162,43 @@ def impossible(file: NetworkFile, *, has_base: bool) -> dict[str, list[str]]:
 
 def write_plain(
     path: Path,
-    modules: Sequence[PlainModule],
+    modules: Iterable[PlainModule],
     metadata: Mapping[str, str],
     *,
     naming: OutputNaming = "kohya",
     dtype: torch.dtype,
-) -> None:
-    """Write a LoRA. ``metadata`` is that of its origin; ranks and alphas in it are renewed."""
+) -> list[PlainFacts]:
+    """Write a LoRA; what is in memory is its tensors as they will be in the file.
+
+    Args:
+        path: The file.
+        modules: Made one by one as they are taken.
+        metadata: That of its origin; ranks and alphas in it are renewed.
+        naming: Of the tensors.
+        dtype: Of the tensors.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UserError: If there is no module.
+    """
     tensors: dict[str, Tensor] = {}
+    facts: list[PlainFacts] = []
     for module in modules:
         tensors |= module.tensors(naming, dtype)
+        facts.append(module.facts)
+    if not facts:
+        raise UserError.of("--save_to", f"nothing is left to write to {path}")
     entries = {
         name: TensorEntry(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()
     }
-    write_tensors(path, entries, tensors.__getitem__, renewed(metadata, modules, naming))
+    write_tensors(path, entries, tensors.__getitem__, renewed(metadata, facts, naming))
+    return facts
 
 
 def renewed(
-    metadata: Mapping[str, str], modules: Sequence[PlainModule], naming: OutputNaming
+    metadata: Mapping[str, str], modules: Sequence[PlainFacts], naming: OutputNaming
 ) -> dict[str, str]:
     """Give metadata that is right for new modules."""
     kept = {name: text for name, text in metadata.items() if name not in _STALE}
@@ -186,7 +224,7 @@ def renewed(
     return kept
 
 
-def _alpha(module: PlainModule, naming: OutputNaming) -> float:
+def _alpha(module: PlainFacts, naming: OutputNaming) -> float:
     return module.rank if naming == "diffusers" else module.alpha
 
 

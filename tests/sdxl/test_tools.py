@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -103,6 +103,54 @@ def test_merging_into_a_checkpoint_adds_each_delta_and_nothing_else(
     assert all(torch.equal(merged[name], base[name]) for name in untouched)
 
 
+def test_merging_into_a_folder_gives_what_merging_into_the_file_gives(
+    first: Path, tiny_folder: Path, base: dict[str, Tensor], tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+
+    assert Merge(models=[first], ratios=[0.5], sd_model=tiny_folder, save_to=out).run() == 0
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    unet, te2 = pipe.unet.state_dict(), pipe.text_encoder_2.state_dict()
+    for name, found in (
+        (Q, unet["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight"]),
+        (CONV, unet["down_blocks.1.resnets.0.conv1.weight"]),
+        (TE2_K, te2["text_model.encoder.layers.0.self_attn.k_proj.weight"]),
+    ):
+        before = base[STORED[name]]
+        before = before.chunk(3)[1] if name == TE2_K else before
+        expected = before + 0.5 * delta(first, name)
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert (out / "tokenizer").is_dir()
+    with pytest.raises(UserError, match="is there already"):
+        Merge(models=[first], sd_model=tiny_folder, save_to=out).run()
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(UserError, match="a folder of something else than a model"):
+        Merge(
+            models=[first],
+            sd_model=tiny_folder,
+            save_to=tmp_path / "photographs",
+            overwrite=True,
+        ).run()
+
+
+def test_values_that_are_not_finite_are_named_before_anything_is_computed(
+    first: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(first)
+    tensors[f"{Q}.lora_up.weight"][0, 0] = float("nan")
+    save_file(tensors, first)
+    out = tmp_path / "out.safetensors"
+
+    for command in (
+        Merge(models=[first], save_to=out),
+        Convert(model=first, save_to=out),
+        Resize(model=[first], new_rank=2, save_to=out),
+    ):
+        with pytest.raises(UserError, match=f"not finite, in 1 tensor: {Q}.lora_up.weight"):
+            command.run()
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_merging_networks_sums_their_deltas(
     first: Path, second: Path, tmp_path: Path, rank: int | None
@@ -181,9 +229,8 @@ def test_lokr_becomes_a_lora_that_says_what_it_lost(
     values = values.sort(descending=True).values
     error = (delta(out, Q) - torch.kron(w1, w2)).norm()
     assert error == pytest.approx(float(values[5:].norm()), rel=1e-3)
-    assert f"{float(values[:5].norm() / values.norm()):.1%} of the norm kept" in (
-        capsys.readouterr().out
-    )
+    share = f"{float(values[:5].norm() / values.norm()):.1%}"
+    assert f"that were decomposed, {share} to {share} are kept" in capsys.readouterr().out
 
 
 def with_values(path: Path, base: dict[str, Tensor], values: list[float]) -> Path:
@@ -215,7 +262,7 @@ def test_resizing_keeps_as_many_singular_values_as_the_method_wants(
     values = [4.0, 2.0, 1.0, 0.5, 0.1]
     given = with_values(tmp_path / "given.safetensors", base, values)
     out = tmp_path / "out.safetensors"
-    options = {"model": given, "new_rank": 4, "save_to": out}
+    options = {"model": [given], "new_rank": 4, "save_to": out}
 
     Resize.model_validate({**options, "dynamic_method": method, "dynamic_param": param}).run()
 
@@ -257,15 +304,19 @@ def test_all_mistakes_are_told_and_nothing_is_written(first: Path, tmp_path: Pat
     assert "no.safetensors cannot be read" in text
 
 
-def test_a_dry_run_writes_nothing(first: Path, tiny_file: Path, tmp_path: Path) -> None:
+def test_a_dry_run_lists_each_layer_and_writes_nothing(
+    first: Path, tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out.safetensors"
 
     for command in (
         Merge(models=[first], sd_model=tiny_file, save_to=out, dry_run=True),
         Merge(models=[first], save_to=out, dry_run=True),
         Convert(model=first, save_to=out, dry_run=True),
-        Resize(model=first, new_rank=2, save_to=out, dry_run=True),
+        Resize(model=[first], new_rank=2, save_to=out, dry_run=True),
     ):
         assert command.run() == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len([line for line in lines if ": " in line]) >= len(STORED)
 
     assert not out.exists()

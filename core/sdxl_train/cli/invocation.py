@@ -143,7 +143,8 @@ class Invocation:
         settings: dict[str, Setting] = {}
         problems: list[Problem] = []
         spare = list(self.leading)
-        for name, setting in self.settings.items():
+        for given, setting in self.settings.items():
+            name = component.short.get(given, given)
             if name in known:
                 settings[name], left = _own_words(known[name], setting)
                 spare += left

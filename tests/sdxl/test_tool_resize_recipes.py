@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from sdxl_train.cli import main
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from torch import Tensor
@@ -86,7 +87,7 @@ def test_each_reference_is_what_its_name_says(
     reference: str, network: Path, tiny_file: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:
     out = tmp_path / "out.safetensors"
-    references = {
+    references: dict[str, Callable[[str], Tensor | int]] = {
         "spn_ckpt": lambda name: torch.linalg.matrix_norm(base[name], 2),
         "spn_lora": lambda name: VALUES[name][0],
         "fro_lora": lambda name: VALUES[name].norm(),

@@ -76,7 +76,7 @@ def test_a_package_of_any_kind_is_clean_and_loads(
 ) -> None:
     name = f"of-{len(kinds)}-{kinds.partition(',')[0]}"
     monkeypatch.chdir(tmp_path)
-    assert NewPlugin(name=name, kind=kinds).run() == 0  # type: ignore[arg-type]
+    assert NewPlugin(name=name, kind=kinds).run() == 0
     folder = tmp_path / f"sdxl-train-{name}"
     package = f"sdxl_train_{name.replace('-', '_')}"
 

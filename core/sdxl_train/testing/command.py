@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+_LINE = 100
+
+
 class CommandContract(Contract[Command]):
     """Does its work in the current folder, and tells how that ended by its exit code."""
 
@@ -40,7 +43,9 @@ class CommandContract(Contract[Command]):
             kind=KIND_BY_NAME["command"], name="contract", component=self.component, plugin="mine"
         )
         text = command_help(entry)
-        assert (self.component.__doc__ or "").strip().partition("\n")[0] in text
+        first = (self.component.__doc__ or "").strip().partition("\n")[0]
+        assert first in text
+        assert len(first) <= _LINE, f"its first line has {len(first)} letters, of {_LINE} in lists"
         silent = [
             name
             for name in options_of(self.component)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import logging
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,8 +47,9 @@ def load_tokenizers(
     return first, second
 
 
+@cache
 def clip_tokenizer(padding: str = _EOS) -> CLIPTokenizer:
-    """Build CLIP's tokenizer from the table that ships with this package."""
+    """Give CLIP's tokenizer, built once from the table that ships with this package."""
     vocabulary, merges = _read_table()
     arguments: dict[str, Any] = {"vocab": vocabulary, "merges": merges, "pad_token": padding}
     return CLIPTokenizer(**arguments, model_max_length=77)
@@ -76,14 +77,26 @@ def _load(encoder: int, folder: Path | None, cache_dir: Path | None) -> CLIPToke
     if folder is not None and (own := folder / _SUBFOLDERS[encoder]).is_dir():
         if cache_dir is not None:
             _log.warning("--tokenizer_cache_dir is not used: the model brings %s", own.name)
-        return CLIPTokenizer.from_pretrained(own, local_files_only=True)
+        return _read(own)
     if cache_dir is None:
         return clip_tokenizer(_PADDING[encoder])
     cached = cache_dir / _CACHE_NAMES[encoder]
     if cached.is_dir():
-        return CLIPTokenizer.from_pretrained(cached, local_files_only=True)
+        return _read(cached)
     tokenizer = clip_tokenizer(_PADDING[encoder])
     tokenizer.save_pretrained(cached)
+    return tokenizer
+
+
+def _read(folder: Path) -> CLIPTokenizer:
+    files = sorted((path.name, path.stat()) for path in folder.iterdir())
+    return _read_once(folder, tuple((name, at.st_mtime_ns, at.st_size) for name, at in files))
+
+
+@lru_cache(maxsize=8)
+def _read_once(folder: Path, _files: tuple[tuple[str, int, int], ...]) -> CLIPTokenizer:
+    """Read a folder as it is now: a plan and its run need the same, which takes half a second."""
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     return tokenizer
 
 

@@ -25,6 +25,7 @@ from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.commands.merge import Merge
 from sdxl_lora_plugins.commands.new_plugin import NewPlugin
 from sdxl_lora_plugins.commands.resize import Resize
+from sdxl_lora_plugins.observers.ema import Ema
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.samples import SampleImages
 from sdxl_lora_plugins.observers.trackers import Trackers
@@ -159,7 +160,7 @@ def register_weightings() -> dict[str, type[Weighting]]:
 @hookimpl
 def register_observers() -> dict[str, type[Observer]]:
     """Give the observers."""
-    return {"progress": Progress, "samples": SampleImages, "trackers": Trackers}
+    return {"progress": Progress, "samples": SampleImages, "trackers": Trackers, "ema": Ema}
 
 
 @hookimpl

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         StepsOrShare,
         Timesteps,
         TimestepSampler,
+        WeightAverage,
         WeightFunction,
         Weighting,
     )
@@ -147,6 +148,7 @@ __all__ = [
     "TrainingError",
     "UserError",
     "ValidationResult",
+    "WeightAverage",
     "WeightFunction",
     "Weighting",
     "__version__",

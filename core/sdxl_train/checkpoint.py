@@ -61,6 +61,12 @@ def file_name(output: OutputOptions, point: SavePoint) -> str:
     return _stem(output, point) + _ENDINGS[output.save_model_as]
 
 
+def average_path(output: OutputOptions, path: Path) -> Path:
+    """Give where the average of the weights lies that belongs to a network: ``NAME-ema``."""
+    ending = _ENDINGS[output.save_model_as]
+    return path.with_name(f"{path.name.removesuffix(ending)}-ema{ending}")
+
+
 def is_network(path: Path) -> bool:
     """Tell whether this is a file or folder as :func:`save_network` makes them."""
     if path.is_dir():

@@ -311,6 +311,26 @@ class LimitedAdapter(Protocol):
         """
 
 
+@runtime_checkable
+class WeightAverage(Protocol):
+    """What an observer's object has beside if it keeps an average of the weights.
+
+    The average is saved as ``NAME-ema`` beside each network and is part of states.
+    """
+
+    def average_after(self, step: int) -> Sequence[Tensor]:
+        """Give it as of the end of ``step``: fp32, in the order of ``run.assembly.parameters``.
+
+        Asked when a file falls due, before ``step_finished`` is told, and again then.
+        """
+
+    def state_after(self, step: int) -> Mapping[str, Any]:
+        """Give what :meth:`restore` needs: tensors, numbers and texts, nested."""
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Take up what a state kept; None if it kept no average. Weights are restored by then."""
+
+
 TimestepSampler: TypeAlias = "Callable[[int, Generator], LongTensor]"
 NoiseTransform: TypeAlias = "Callable[[Tensor, Tensor, Tensor, Generator], Tensor]"
 LossFunction: TypeAlias = "Callable[[Tensor, Tensor, Tensor], Tensor]"

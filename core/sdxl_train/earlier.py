@@ -32,7 +32,7 @@ def files_of_earlier_run(output: OutputOptions) -> list[Path]:
     names = (output.output_name,) if output.output_name else tuple(dict.fromkeys(STEMS.values()))
     stems = "|".join(re.escape(name) for name in names)
     others = re.compile(f"({stems})({_OTHERS})")
-    network = re.compile(rf"({stems}){_NUMBER}(\.\w+)?")
+    network = re.compile(rf"({stems}){_NUMBER}(-ema)?(\.\w+)?")
     return sorted(
         path
         for path in output.output_dir.iterdir()

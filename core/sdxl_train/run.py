@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
-from sdxl_train.components import LimitedAdapter
+from sdxl_train.components import LimitedAdapter, WeightAverage
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.data.pruning import Pruned, prune
@@ -248,7 +248,10 @@ class Trainer:
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,
             watched=self._watched,
+            average=self._average_after,
         )
+        self.averages: dict[str, WeightAverage] = {}
+        self._restored_averages: Mapping[str, Mapping[str, Any]] = {}
         if prepared.resume is not None:
             self._restore(prepared.resume)
         self.result.steps = prepared.start
@@ -401,13 +404,32 @@ class Trainer:
             return  # the weights only: the rest may be what is corrupt
         watched = load_observers(point.folder)
         self.history.load_state_dict(watched["history"])
+        self._restored_averages = watched.get("averages", {})
         results = watched["validations"]["results"]
         self.result.validations = [ValidationResult.from_json(result) for result in results]
 
     def _watched(self) -> dict[str, dict[str, Any]]:
         """Give what a state keeps of what was seen so far."""
         results = [result.as_json() for result in self.result.validations]
-        return {"history": self.history.state_dict(), "validations": {"results": results}}
+        averages = {
+            name: dict(average.state_after(self.result.steps))
+            for name, average in self.averages.items()
+        }
+        return {
+            "history": self.history.state_dict(),
+            "validations": {"results": results},
+            "averages": averages,
+        }
+
+    def _average_after(self, step: int) -> Sequence[Tensor] | None:
+        """Give the average that an observer keeps of the weights, unless it has failed."""
+        sound = (
+            average
+            for name, average in self.averages.items()
+            if f"observer {name}" not in self.events.failures
+        )
+        average = next(sound, None)
+        return average.average_after(step) if average else None
 
     def _build_step(self, device: torch.device) -> Step:
         config, model, adapter = self.config, self.model, self.assembly.adapter
@@ -493,7 +515,12 @@ class Trainer:
         )
         names = [e.qualified for e in self.config.entries if e.kind.name == "observer"]
         for name, observer in zip(names, self.config.observers, strict=True):
-            events.add_observer(name, observer.build(self.run), unlimited=observer.unlimited)
+            built = observer.build(self.run)
+            events.add_observer(name, built, unlimited=observer.unlimited)
+            if isinstance(built, WeightAverage):
+                self.averages[name] = built
+                if self.prepared.resume is not None:
+                    built.restore(self._restored_averages.get(name))
         return events
 
     def _condition(self, batch: Batch) -> Mapping[str, Tensor]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shutil
 import warnings
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sdxl_train.assembly import SAVED_DTYPES, saved_precision
 from sdxl_train.checkpoint import (
     FOLDER_FORMATS,
     Checkpoint,
+    average_path,
     file_name,
     prune,
     save_network,
@@ -21,11 +23,12 @@ from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
     import torch
+    from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
     from sdxl_train.assembly import Assembly
@@ -50,6 +53,7 @@ class Saver:
         scheduler: Its schedule.
         scaler: The gradient scaler, if there is one.
         watched: Gives what a state holds beside, of what was seen so far.
+        average: Gives the average of the weights after a step, if one is kept.
 
     Attributes:
         files: The networks that this run wrote and that are still there, the newest last; before
@@ -69,6 +73,7 @@ class Saver:
         scheduler: LRScheduler,
         scaler: torch.amp.GradScaler | None,
         watched: Callable[[], Mapping[str, Mapping[str, Any]]],
+        average: Callable[[int], Sequence[Tensor] | None],
     ) -> None:
         self.prepared = prepared
         self.output = prepared.config.output
@@ -79,6 +84,7 @@ class Saver:
         self.scheduler = scheduler
         self.scaler = scaler
         self.watched = watched
+        self.average = average
         self.files: list[Path] = []
         self.network_at: int | None = None
         self.state_at: int | None = None
@@ -97,35 +103,59 @@ class Saver:
             checkpoint = self._save_network(point, step, epoch)
         if point.state:
             self._save_state(folder / state_name(self.output, point), step)
-        for gone in prune(self.output, point):
-            self.files = [file for file in self.files if file != gone]
-            if gone.is_dir():
-                shutil.rmtree(gone)
-            else:
-                gone.unlink()
+        for old in prune(self.output, point):
+            for gone in (old, average_path(self.output, old)):
+                self.files = [file for file in self.files if file != gone]
+                if gone.is_dir():
+                    shutil.rmtree(gone)
+                else:
+                    gone.unlink(missing_ok=True)
         return checkpoint
 
     def _save_network(self, point: SavePoint, step: int, epoch: int) -> Checkpoint:
         path = self.output.output_dir / file_name(self.output, point)
+        metadata = self.record.metadata(step=step, epoch=epoch)
+        written = [path]
+        with self.evaluation.final_weights():
+            self._write_network(path, metadata)
+        average = self.average(step)
+        if average is not None:
+            written.insert(0, average_path(self.output, path))
+            with self._at(average):
+                self._write_network(written[0], metadata)
+        others = [file for file in self.files if file not in written]
+        if point.kind == "best":
+            self.files = [*written, *others]
+        else:
+            self.files = [*others, *written]
+            self.network_at = step
+        return Checkpoint(path=path, kind=point.kind, step=step, epoch=epoch)
+
+    def _write_network(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Write the network with the weights that it has now."""
         dtype = SAVED_DTYPES[saved_precision(self.prepared.config)]
         save_as = self.output.save_model_as
-        with self.evaluation.final_weights():
-            tensors = self.assembly.adapter.state_dict()
-            metadata = self.record.metadata(step=step, epoch=epoch)
-            if save_as in FOLDER_FORMATS:
-                tensors, told = self.assembly.model.diffusers_network(tensors)
-                metadata |= told
-            needed = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
-            require_room(path.parent, needed, path.name)
-            save_network(path, tensors, metadata, dtype=dtype, save_as=save_as)
-        others = [file for file in self.files if file != path]
-        if point.kind == "best":
-            self.files = [path, *others]
-        else:
-            self.files = [*others, path]
-            self.network_at = step
+        tensors, told = self.assembly.adapter.state_dict(), dict(metadata)
+        if save_as in FOLDER_FORMATS:
+            tensors, more = self.assembly.model.diffusers_network(tensors)
+            told |= more
+        needed = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
+        require_room(path.parent, needed, path.name)
+        save_network(path, tensors, told, dtype=dtype, save_as=save_as)
         logger.info("saved %s", path)
-        return Checkpoint(path=path, kind=point.kind, step=step, epoch=epoch)
+
+    @contextmanager
+    def _at(self, weights: Sequence[Tensor]) -> Iterator[None]:
+        """Let the network have other weights, and its own again bit for bit."""
+        parameters = self.assembly.parameters
+        kept = [parameter.data for parameter in parameters]
+        try:
+            for parameter, value in zip(parameters, weights, strict=True):
+                parameter.data = value
+            yield
+        finally:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data = value
 
     def restore(self, point: ResumePoint) -> None:
         """Put weights, optimizer and schedule back as they were.

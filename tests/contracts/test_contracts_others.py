@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.model import Sdxl
+from sdxl_lora_plugins.observers.ema import Ema
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.trackers import Trackers
 from sdxl_train.testing import CommandContract, ModelContract, ObserverContract
@@ -30,6 +31,11 @@ class TestSdxlOfVelocity(ModelContract):
 
 class TestProgress(ObserverContract):
     component = Progress
+
+
+class TestEma(ObserverContract):
+    component = Ema
+    options = {"ema_decay": 0.9}
 
 
 class TestTrackers(ObserverContract):

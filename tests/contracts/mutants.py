@@ -922,6 +922,14 @@ def mingled(model: Any) -> None:
     }
 
 
+def uncounted(model: Any) -> None:
+    model.count_tokens = lambda captions: [min(7, len(caption)) for caption in captions]
+
+
+def other_prompts(model: Any) -> None:
+    model.encode_prompts = lambda prompts: model.encode_text([f"{p}!" for p in prompts])
+
+
 def timeless(model: Any) -> None:
     predict = model.predict
     model.predict = lambda noisy, timesteps, condition: predict(noisy, timesteps * 0, condition)
@@ -992,6 +1000,16 @@ class TestBlurred(ModelContract):
 @caught_by("test_captions_are_encoded_one_by_one")
 class TestMingled(ModelContract):
     component = model_of(mingled)
+
+
+@caught_by("test_tokens_are_counted")
+class TestUncounted(ModelContract):
+    component = model_of(uncounted)
+
+
+@caught_by("test_prompts_are_encoded_like_captions")
+class TestOtherPrompts(ModelContract):
+    component = model_of(other_prompts)
 
 
 @caught_by("test_prediction_is_that_of_the_latents_shape")

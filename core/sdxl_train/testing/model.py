@@ -108,6 +108,16 @@ class ModelContract(Contract[Model]):
                     assert tensor.shape[0] == len(_CAPTIONS), f"{name} has no batch dimension"
                     torch.testing.assert_close(alone[name][0], tensor[index], rtol=1e-4, atol=1e-4)
 
+    def test_tokens_are_counted(self, model: LoadedModel) -> None:
+        """Also those that are cut off; a longer caption has more, an empty one none."""
+        long = "a word, " * 1000
+        counts = model.count_tokens(["", "a cat", long])
+        assert counts[0] == 0
+        assert 0 < counts[1] < model.max_tokens < counts[2]
+        with torch.no_grad():
+            cut, longer = model.encode_text([long]), model.encode_text([long + "more"])
+        assert all(torch.equal(cut[name], longer[name]) for name in cut), "more is not cut off"
+
     def test_prediction_is_that_of_the_latents_shape(self, model: LoadedModel) -> None:
         """Finite, deterministic, told apart by timestep, and gradients reach the latents."""
         questions = Predictions(model, pixels=self.pixels)
@@ -118,6 +128,14 @@ class ModelContract(Contract[Model]):
         assert torch.isfinite(first).all()
         assert torch.equal(first, again), "the same question gets another answer"
         assert not torch.equal(first, other), "the timestep has no effect"
+
+    def test_prompts_are_encoded_like_captions(self, model: LoadedModel) -> None:
+        """Plain prompts of pictures give what captions give."""
+        with torch.no_grad():
+            captions, prompts = model.encode_text(CAPTIONS), model.encode_prompts(CAPTIONS)
+        assert captions.keys() == prompts.keys()
+        for name, tensor in captions.items():
+            torch.testing.assert_close(prompts[name], tensor, rtol=1e-4, atol=1e-4)
 
     def test_target_is_that_of_the_schedule(self, model: LoadedModel) -> None:
         """The noise, or the velocity sqrt(abar) noise - sqrt(1 - abar) x_0."""

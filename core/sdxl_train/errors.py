@@ -52,3 +52,7 @@ class TrainingError(SdxlTrainError):
 
 class PluginError(SdxlTrainError):
     """A plugin cannot be used; the message says which, of what distribution, and why."""
+
+
+class EndedElsewhereError(SdxlTrainError):
+    """The run ended in all its processes; the main one says why. There is nothing to add."""

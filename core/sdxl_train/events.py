@@ -30,7 +30,7 @@ class Events:
 
     An observer that raises, or takes longer than ``timeout`` seconds in a call, is reported once
     and not asked again; with ``strict`` the exception ends the run instead. What it changes of the
-    process (threads, default type, gradient mode) is put back.
+    process (threads, default type, gradient mode) is put back. ``silent`` tells nobody anything.
 
     Attributes:
         failures: What went wrong, by the name of the plugin or ``observer NAME``.
@@ -43,8 +43,10 @@ class Events:
         *,
         strict: bool = False,
         timeout: float = 0,
+        silent: bool = False,
     ) -> None:
         self.manager = manager
+        self.silent = silent
         self.plugins = plugins
         self.strict = strict
         self.timeout = timeout
@@ -81,7 +83,7 @@ class Events:
 
         Within each, the order is that of enabling and of adding.
         """
-        for impl in getattr(self.manager.hook, event).get_hookimpls():
+        for impl in () if self.silent else getattr(self.manager.hook, event).get_hookimpls():
             if impl.plugin_name in self.failures:
                 continue
             limit = 0 if impl.plugin_name in self._unlimited else self.timeout

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sdxl_train.data.batches import Batch, Share
 from sdxl_train.errors import TrainingError
 from sdxl_train.masks import masked_mean
 
@@ -29,16 +30,23 @@ if TYPE_CHECKING:
         TimestepSampler,
         WeightFunction,
     )
-    from sdxl_train.data.batches import Batch
     from sdxl_train.rng import Streams
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatches:
-    """The batches of one optimizer step; their number is the gradient accumulation."""
+    """The batches of one optimizer step; their number is the gradient accumulation.
+
+    Attributes:
+        epoch: The epoch they belong to, counted from 1.
+        batches: The batches; of those that several processes share, this one's parts. A bare share
+            is that of a batch too small to have a part for this process.
+        keys: Short names of the images of whole batches.
+    """
 
     epoch: int
-    batches: Sequence[Batch]
+    batches: Sequence[Batch | Share]
+    keys: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +85,8 @@ class BatchLoss:
 
     Attributes:
         mean: What is trained: scalar with its graph, weighted.
-        samples: fp32 [B], detached: each sample's own, before any weight.
+        samples: fp32 [B], detached: each sample's own, before any weight. Of a shared batch all are
+            here, those of other processes 0.
         timesteps: int64 [B].
     """
 
@@ -110,6 +119,10 @@ class Step:
     streams: Streams
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
     backward: Callable[[Tensor], None] = torch.Tensor.backward
+    add_up: Callable[[Sequence[Tensor]], Sequence[Tensor]] = tuple
+    """Adds up the gradients of all processes in place, and gives the sums of these tensors."""
+    gather: Callable[[Findings], list[Findings]] = lambda findings: [findings]
+    """Gives the findings of all processes."""
     clip: Callable[[], Tensor]
     limit_weights: Callable[[], Mapping[str, Tensor]] = dict
     optimizer: Optimizer
@@ -141,17 +154,11 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
     skipped_in_a_row = 0
     for number, group in enumerate(steps, start=start + 1):
         rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
-        parts: list[BatchLoss] = []
-        for position, batch in enumerate(group.batches):
-            loss = batch_loss(batch, step, (number, position))
-            parts.append(replace(loss, mean=loss.mean.detach()))
-            if step.steps_in_backward:
-                _require_finite([loss.mean.detach()], None, number, group.batches, step)
-                step.updating = True
-            step.backward(loss.mean / len(group.batches))
-        losses = [part.mean for part in parts]
+        parts = list(_backward(group, step, number))
+        means = torch.stack([part.mean for part in parts])
+        losses, samples = step.add_up([means, torch.cat([part.samples for part in parts])])
         grad_norm = step.clip()
-        _require_finite(losses, grad_norm, number, group.batches, step)
+        _require_finite(losses, grad_norm, number, group, parts, step)
         step.updating = True
         step.optimizer.step()
         estimates = _estimated_rates(step.optimizer)
@@ -170,12 +177,12 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         yield StepResult(
             step=number,
             epoch=group.epoch,
-            loss=torch.stack(losses).mean(),
+            loss=losses.mean(),
             grad_norm=grad_norm,
             learning_rates=rates,
-            keys=tuple(key for batch in group.batches for key in batch.keys),
+            keys=group.keys,
             timesteps=torch.cat([part.timesteps for part in parts]),
-            sample_losses=torch.cat([part.samples for part in parts]),
+            sample_losses=samples,
             skipped=skipped,
             metrics=metrics,
         )
@@ -193,8 +200,35 @@ def _estimated_rates(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
+def _backward(group: StepBatches, step: Step, number: int) -> Iterator[BatchLoss]:
+    """Compute the gradients of a step, and give the loss of each of its batches."""
+    for position, batch in enumerate(group.batches):
+        where = (number, position)
+        if isinstance(batch, Share):
+            yield _no_loss(batch, step, where)
+            continue
+        loss = batch_loss(batch, step, where)
+        detached = replace(loss, mean=loss.mean.detach())
+        if step.steps_in_backward:
+            alone = replace(group, batches=[batch])
+            _require_finite(detached.mean[None], None, number, alone, [detached], step)
+            step.updating = True
+        step.backward(loss.mean / len(group.batches))
+        yield detached
+
+
+def _no_loss(share: Share, step: Step, where: tuple[int, int]) -> BatchLoss:
+    """Give what a process that has none of a batch contributes to its loss."""
+    timesteps = step.timesteps(share.whole, step.streams.cpu("timesteps", *where))
+    zeros = torch.zeros(share.whole + 1, device=step.streams.device)
+    return BatchLoss(mean=zeros[0], samples=zeros[1:], timesteps=timesteps.to(zeros.device))
+
+
 def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     """Give the loss of one batch.
+
+    What a process has of a shared batch gets the draws that it would get in the whole one, and its
+    share of the mean: the losses of all processes add up to that of the batch.
 
     Args:
         batch: Must hold latents [B, C, h, w].
@@ -204,18 +238,16 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     latents = batch.latents
     assert latents is not None
     device = latents.device
-    timesteps = step.timesteps(len(latents), step.streams.cpu("timesteps", *where)).to(device)
-    generator = step.streams.on_device("noise", *where)
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    for transform in step.target_noises:
-        noise = transform(noise, latents, timesteps, generator)
-    input_noise = noise
-    for transform in step.input_noises:
-        input_noise = transform(input_noise, latents, timesteps, generator)
+    share = batch.share or Share(first=0, whole=len(latents), latents=latents)
+    own = slice(share.first, share.first + len(latents))
+    drawn = step.timesteps(share.whole, step.streams.cpu("timesteps", *where)).to(device)
+    timesteps = drawn[own]
+    noise, input_noise = _draw_noise(share, drawn, latents.shape[1:], step, where)
+    noise, input_noise = noise[own], input_noise[own]
     noisy = step.add_noise(latents, input_noise, timesteps)
 
     # Dropout layers know only the global generator.
-    torch.manual_seed(step.streams.seed_for("dropout", *where))
+    torch.manual_seed(step.streams.seed_for("dropout", *where, share.first))
     step.prepare_step(timesteps)
     with step.autocast():
         prediction = step.predict(noisy, timesteps, step.condition(batch))
@@ -230,22 +262,41 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
         each = error.mean(dim=(1, 2, 3))  # [B]
     else:
         each = masked_mean(error, batch.masks, normalize=step.normalize_masks)  # [B]
-    samples = each.detach()
+    samples = torch.zeros(share.whole, device=device)
+    samples[own] = each.detach()
     for weight in step.weightings:
-        each = each * weight(timesteps)
-    mean = (each * batch.loss_weights).mean()
-    return BatchLoss(mean=mean, samples=samples, timesteps=timesteps)
+        each = each * weight(drawn)[own]
+    mean = (each * batch.loss_weights).sum() / share.whole
+    return BatchLoss(mean=mean, samples=samples, timesteps=drawn)
+
+
+def _draw_noise(
+    share: Share, timesteps: Tensor, shape: torch.Size, step: Step, where: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Draw the noises of a whole batch, the one to predict and the one to add: [whole, C, h, w]."""
+    generator = step.streams.on_device("noise", *where)
+    noise = torch.randn((share.whole, *shape), generator=generator, device=timesteps.device)
+    if not (step.target_noises or step.input_noises):
+        return noise, noise
+    assert share.latents is not None, "noises look at the latents of the whole batch"
+    for transform in step.target_noises:
+        noise = transform(noise, share.latents, timesteps, generator)
+    input_noise = noise
+    for transform in step.input_noises:
+        input_noise = transform(input_noise, share.latents, timesteps, generator)
+    return noise, input_noise
 
 
 def _require_finite(
-    losses: Sequence[Tensor],
+    losses: Tensor,
     grad_norm: Tensor | None,
     number: int,
-    batches: Sequence[Batch],
+    group: StepBatches,
+    parts: Sequence[BatchLoss],
     step: Step,
 ) -> None:
     """Raise TrainingError unless losses and gradient, as far as it is known, are finite."""
-    total = torch.stack(list(losses)).sum()
+    total = losses.sum()
     if grad_norm is not None and step.was_skipped is None:
         total = total + grad_norm
     if torch.isfinite(total):
@@ -253,31 +304,55 @@ def _require_finite(
     outcome = "the step was not applied"
     if step.updating:
         outcome = "the run ends with parts of the step applied; go on from a saved state"
-    raise TrainingError(_diagnosis(losses, grad_norm, number, batches, outcome))
+    findings = step.gather(Findings.of(parts, group))
+    raise TrainingError(_diagnosis(losses, grad_norm, number, group, findings, outcome))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """The images of a step that may be why it is not finite, by short names.
+
+    Attributes:
+        broken: Those whose latents are not finite.
+        suspects: Those of batches whose loss is not finite.
+    """
+
+    broken: tuple[str, ...]
+    suspects: tuple[str, ...]
+
+    @classmethod
+    def of(cls, losses: Sequence[BatchLoss], group: StepBatches) -> Findings:
+        """Look at the batches of this process."""
+        own = [
+            (loss.mean, batch.keys, batch.latents)
+            for loss, batch in zip(losses, group.batches, strict=True)
+            if isinstance(batch, Batch) and batch.latents is not None
+        ]
+        return cls(
+            broken=tuple(
+                key
+                for _, keys, latents in own
+                for key, image in zip(keys, latents, strict=True)
+                if not torch.isfinite(image).all()
+            ),
+            suspects=tuple(
+                key for loss, keys, _ in own if not torch.isfinite(loss) for key in keys
+            ),
+        )
 
 
 def _diagnosis(
-    losses: Sequence[Tensor],
+    losses: Tensor,
     grad_norm: Tensor | None,
     number: int,
-    batches: Sequence[Batch],
+    group: StepBatches,
+    findings: Sequence[Findings],
     outcome: str,
 ) -> str:
-    """Say what is not finite and in which images, looking only now that it matters."""
-    broken = [
-        key
-        for batch in batches
-        if batch.latents is not None
-        for key, latents in zip(batch.keys, batch.latents, strict=True)
-        if not torch.isfinite(latents).all()
-    ]
-    suspects = [
-        key
-        for loss, batch in zip(losses, batches, strict=True)
-        if not torch.isfinite(loss)
-        for key in batch.keys
-    ]
-    keys = broken or suspects or [key for batch in batches for key in batch.keys]
+    """Say what is not finite and in which images."""
+    broken = [key for each in findings for key in each.broken]
+    suspects = [key for each in findings for key in each.suspects]
+    keys = broken or suspects or group.keys
     named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
     if broken:
         what = "the latents of some images are not finite"
@@ -289,7 +364,7 @@ def _diagnosis(
     else:
         what = "the gradient is not finite"
         cause = "Likely cause: a learning rate that is too high"
-    figures = f"loss {torch.stack(list(losses)).mean().item():g}"
+    figures = f"loss {losses.mean().item():g}"
     if grad_norm is not None:
         figures += f", gradient norm {grad_norm.item():g}"
     return f"step {number}: {what} ({figures}), so {outcome}. Images: {named}. {cause}"

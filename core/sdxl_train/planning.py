@@ -83,6 +83,7 @@ def make_plan(prepared: Prepared) -> Plan:
             "epochs": counts.epochs,
             "optimizer_steps": counts.total,
             "warmup_steps": counts.warmup,
+            "processes": prepared.processes,
         },
         saves=prepared.saves.steps(),
         samples=_sample_steps(prepared),

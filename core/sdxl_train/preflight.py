@@ -15,6 +15,7 @@ from sdxl_train.data.scan_index import user_index
 from sdxl_train.data.sources import scan
 from sdxl_train.earlier import files_of_earlier_run
 from sdxl_train.errors import Problem, UserError
+from sdxl_train.launch import launched
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
 from sdxl_train.resolve import Resolver
@@ -42,6 +43,8 @@ class Prepared:
     """The held-out images, if any; ``validation.epoch(1)`` gives the same batches each time."""
     counts: StepCounts
     seed: int
+    processes: int = 1
+    """How many train together; each has ``batch_size`` samples of a batch."""
     start: int = 0
     """Optimizer steps that count as done."""
     resume: ResumePoint | None = None
@@ -54,7 +57,11 @@ class Prepared:
 
 
 def prepare(
-    settings: Mapping[str, Setting], host: PluginHost | None = None, *, decode: bool = True
+    settings: Mapping[str, Setting],
+    host: PluginHost | None = None,
+    *,
+    decode: bool = True,
+    processes: int | None = None,
 ) -> Prepared:
     """Check everything that can be checked without weights.
 
@@ -63,11 +70,13 @@ def prepare(
         host: The plugins.
         decode: Decode each image that never was: its head does not tell every damage. With
             ``on_bad_image`` as ``skip`` that is always done, for the plan depends on it.
+        processes: How many train together. Default: as many as were launched.
 
     Raises:
         UserError: With every problem found.
     """
     host = host or PluginHost()
+    processes = processes or launched().count
     resolution = Resolver(settings, host, Registry(host)).resolve()
     problems, warnings = list(resolution.problems), list(resolution.notices)
     scanned = _scan(resolution, problems, warnings, decode=decode)
@@ -78,12 +87,15 @@ def prepare(
             warnings.extend(component.remarks(config))
         problems.extend(config.metadata.check(config))
         problems.extend(_cross_checks(config))
+        problems.extend(_process_problems(config, processes))
         warnings.extend(_remarks(config))
         if scanned is not None:
             warnings.extend(_idle_validation(config, scanned))
             problems.extend(_without_validation(config, scanned))
         warnings.extend(_cache_remarks(config, scanned))
-    resume = _resume_point(config, scanned, problems) if config and scanned else None
+    # Other processes go on from where the main one does; they may not even see its files.
+    leads = launched().main
+    resume = _resume_point(config, scanned, problems) if config and scanned and leads else None
     if problems or config is None or scanned is None:
         raise UserError(problems)
     seed = resume.manifest.seed if resume else config.training.seed
@@ -91,7 +103,7 @@ def prepare(
         seed = int.from_bytes(os.urandom(4), "big")
     counts = StepCounts.of(
         config.training,
-        count_batches(scanned.datasets),
+        count_batches(scanned.datasets, processes),
         warmup=config.scheduler.lr_warmup_steps,
         decay=config.scheduler.decay(),
     )
@@ -114,11 +126,13 @@ def prepare(
             seed,
             accumulation=config.training.gradient_accumulation_steps,
             total_steps=counts.total,
+            processes=processes,
         ),
         # Its own seed: runs that differ in theirs are validated on the same.
         validation=BatchPlan(scanned.validation, 0) if scanned.validation else None,
         counts=counts,
         seed=seed,
+        processes=processes,
         resume=resume,
         warnings=warnings,
     )
@@ -227,6 +241,15 @@ def _merge_problems(config: RunConfig) -> Iterator[Problem]:
             place=config.place("base_weights_multiplier"),
             message=f"{multipliers} multipliers for {files} files of base_weights",
             remedy="give one for each file, or fewer: missing ones are 1",
+        )
+
+
+def _process_problems(config: RunConfig, processes: int) -> Iterator[Problem]:
+    if config.training.fused_backward_pass and processes > 1:
+        yield Problem(
+            place=config.place("fused_backward_pass"),
+            message=f"steps before the gradients of all {processes} processes can be added up",
+            remedy="leave it out, or train with one process",
         )
 
 

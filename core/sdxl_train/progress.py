@@ -47,16 +47,20 @@ class _Lines:
 
 
 @contextmanager
-def progress(title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def progress(title: str, unit: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """Show how far a piece of work is, and at last how fast it went.
 
     Args:
         title: What is done.
         unit: What is counted, as in ``img/s``.
+        shown: Show it; another process does otherwise.
 
     Yields:
         What to call with the number of items done and their total.
     """
+    if not shown:
+        yield lambda done, total: None
+        return
     lines = _Lines(title, unit)
     if not sys.stderr.isatty():
         yield lines.show

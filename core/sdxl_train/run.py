@@ -1,20 +1,20 @@
 """One run, in order: build, cache, train, save, tell.
 
-accelerate lives here and nowhere else: device, precision, gradient scaling.
+With several processes, all of them do all of that, but only the main one writes files and tells
+observers.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
+from sdxl_train.accelerator import make_accelerator
 from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
@@ -29,8 +29,9 @@ from sdxl_train.events import Events
 from sdxl_train.fused import FusedBackward
 from sdxl_train.history import History
 from sdxl_train.loop import Step, StepResult, train
+from sdxl_train.ranks import digest, join
 from sdxl_train.record import RunRecord, describe_optimizer
-from sdxl_train.resume import model_identity
+from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from accelerate import Accelerator
     from torch import Tensor
 
     from sdxl_train.checkpoint import Checkpoint
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
+    from sdxl_train.ranks import Ranks
     from sdxl_train.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
@@ -132,6 +135,18 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
         UserError: If the machine cannot do what the options ask.
         TrainingError: If training fails; the files written before are whole.
     """
+    plugins = list(prepared.host.enabled.values())
+    try:
+        accelerator = make_accelerator(prepared.config)
+        ranks = join(accelerator.device)
+        with ranks.together():
+            return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks)
+    except BaseException as error:
+        blame(error, plugins)
+        raise
+
+
+def _execute(prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ranks) -> RunResult:
     if prepared.resume is not None and prepared.start >= prepared.counts.total:
         logger.info(
             "already complete: %d of %d steps are done in %s",
@@ -140,14 +155,12 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
             prepared.resume.folder,
         )
         return RunResult(steps=prepared.start)
-    plugins = list(prepared.host.enabled.values())
-    try:
-        with sole_writer(prepared.config):
-            trainer = Trainer(prepared, plan)
+    with sole_writer(prepared.config) if ranks.main else nullcontext():
+        trainer = Trainer(prepared, plan, accelerator, ranks)
+        # Until all is written: a launcher signals every process when one of them fails.
+        with RunSignals(patience=ranks.patience) as signals:
+            ranks.listen(signals)
             trainer.run_to_end()
-    except BaseException as error:
-        blame(error, plugins)
-        raise
     return trainer.result
 
 
@@ -175,28 +188,41 @@ def prune_caches(prepared: Prepared) -> list[Pruned]:
 @contextmanager
 def _encoding(prepared: Prepared) -> Iterator[Supply]:
     """Make what encodes images and captions, exactly as a run does, networks to merge included."""
-    accelerator = _accelerator(prepared.config)
     try:
-        model = assemble(prepared.config, accelerator.device, prepared.seed).model
-        supply = Supply(
-            prepared, model, accelerator.device, accelerator.autocast, trains_text=False
-        )
-        yield supply
-        supply.close()
+        accelerator = make_accelerator(prepared.config)
+        device = accelerator.device
+        ranks = join(device)
+        with ranks.together():
+            model = assemble(prepared.config, device, prepared.seed).model
+            supply = Supply(
+                prepared, model, device, accelerator.autocast, trains_text=False, ranks=ranks
+            )
+            yield supply
+            supply.close()
     except BaseException as error:
         blame(error, prepared.host.enabled.values())
         raise
 
 
+def _as_in_main(prepared: Prepared, ranks: Ranks) -> Prepared:
+    """Take from the main process what each would find out for itself: the seed, where to go on."""
+    seed, start, resume = ranks.from_main((prepared.seed, prepared.start, prepared.resume))
+    batches = prepared.batches.with_seed(seed)
+    return replace(prepared, seed=seed, batches=batches, start=start, resume=resume)
+
+
 class Trainer:
     """Holds what a run builds, from the model to the observers."""
 
-    def __init__(self, prepared: Prepared, plan: Plan) -> None:
+    def __init__(
+        self, prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ranks
+    ) -> None:
         config = prepared.config
         self.prepared = prepared
         self.config = config
-        self.accelerator = _accelerator(config)
-        device = self.accelerator.device
+        self.accelerator = accelerator
+        self.ranks = ranks
+        device = accelerator.device
         logger.info("device %s, mixed precision %s", device, config.training.mixed_precision)
         self.assembly = assemble(config, device, prepared.seed)
         self.model = self.assembly.model
@@ -222,8 +248,9 @@ class Trainer:
         self.result = RunResult()
         self.record = self._build_record()
         output = config.output
-        output.output_dir.mkdir(parents=True, exist_ok=True)
-        clear_the_way(config)
+        if ranks.main:
+            output.output_dir.mkdir(parents=True, exist_ok=True)
+            clear_the_way(config)
         self.history = self._build_history()
         self.run = Run(
             config=config,
@@ -254,12 +281,18 @@ class Trainer:
         self._restored_averages: Mapping[str, Mapping[str, Any]] = {}
         if prepared.resume is not None:
             self._restore(prepared.resume)
+        ranks.require_same(self._facts())
         self.result.steps = prepared.start
         self.wide_steps = self._keep_narrow(optimizer)
         self.change = ChangeCheck(self.assembly.parameters)
         self.events = self._build_events()
         self.supply = Supply(
-            prepared, self.model, device, self.accelerator.autocast, trains_text=trains_text
+            prepared,
+            self.model,
+            device,
+            self.accelerator.autocast,
+            trains_text=trains_text,
+            ranks=ranks,
         )
         self.supply.fill_caches()
         self.validation = self._build_validation()
@@ -268,15 +301,14 @@ class Trainer:
         """Train, and close whatever happens."""
         error: BaseException | None = None
         try:
-            with RunSignals() as signals:
-                self.train(signals)
+            self.train()
         except BaseException as raised:
             error = raised
             raise
         finally:
             self.close(error)
 
-    def train(self, signals: RunSignals) -> None:
+    def train(self) -> None:
         """Train to the end, or to the first signal, saving what falls due."""
         self.events.tell("run_started", run=self.run)
         total = self.prepared.counts.total
@@ -297,14 +329,15 @@ class Trainer:
             self.result.skipped_steps += last.skipped
             self.change.after(last)
             self.history.add(last, time.monotonic() - began)
-            stopped = signals.received is not None and last.step < total
+            signalled, asked_to_save = self.ranks.heard()
+            stopped = signalled is not None and last.step < total
             points = self.prepared.saves.due(last.step)
-            if stopped or signals.take_save_request():
+            if stopped or asked_to_save:
                 points = with_state(points, last.step)
             self._save(points, last)
             self.events.tell("step_finished", run=self.run, step=last)
-            if stopped:
-                self.result.exit_code = signals.exit_code
+            if signalled is not None and stopped:
+                self.result.exit_code = 128 + signalled  # as shells count
                 break
             self._validate(last.step, last.epoch)
         if self.result.stopped_early and last is not None:
@@ -314,7 +347,7 @@ class Trainer:
         self.result.final_loss = last.loss.item() if last else None
 
     def _save(self, points: Sequence[SavePoint], step: StepResult) -> None:
-        for point in points:
+        for point in points if self.ranks.main else ():
             self._tell_saved(self.saver.save(point, step.step, step.epoch))
 
     def _tell_saved(self, checkpoint: Checkpoint | None) -> None:
@@ -326,11 +359,16 @@ class Trainer:
         due = validation_due(self.config, self.prepared.counts, step)
         if self.validation is None or not due:
             return
-        with self.run.evaluation():
-            result = self.validation.after(step, epoch, due)
+        measured = None
+        if self.ranks.main:
+            with self.run.evaluation():
+                measured = self.validation.after(step, epoch, due)
+        # The others stop with it, when the loss has not fallen for long.
+        result = self.ranks.from_main(measured)
+        assert result is not None
         results = self.result.validations
         results.append(result)
-        if self.config.output.save_best and best_of(results) is result:
+        if self.ranks.main and self.config.output.save_best and best_of(results) is result:
             best = SavePoint(kind="best", number=step)
             self._tell_saved(self.saver.save(best, step, epoch))
         self.events.tell("validation_finished", run=self.run, result=result)
@@ -361,6 +399,8 @@ class Trainer:
         """Save the weights and the state of the last whole step, before ``error`` ends the run."""
         if last is None or self.step.updating or self.saver.state_at == last.step:
             return
+        if not self.ranks.main:
+            return
         try:
             network = self.saver.network_at != last.step
             point = SavePoint(kind="step", number=last.step, network=network, state=True)
@@ -377,6 +417,8 @@ class Trainer:
         self.events.tell("run_finished", run=self.run, error=error)
         self.events.close()
         self.result.observer_failures = dict(self.events.failures)
+        if not self.ranks.main:
+            return
         self.record.write(
             self.run.output_dir / f"{self.run.name}.run.json",
             {
@@ -393,7 +435,8 @@ class Trainer:
 
     def _restore(self, point: ResumePoint) -> None:
         model = model_identity(self.record.described)
-        if model != point.manifest.model and not self.config.training.allow_base_change:
+        same = model == point.manifest.model or self.config.training.allow_base_change
+        if self.ranks.main and not same:
             raise UserError.of(
                 self.config.place("pretrained_model_name_or_path"),
                 f"is {model} now, {point.manifest.model} in {point.folder}",
@@ -449,6 +492,8 @@ class Trainer:
             streams=Streams(self.prepared.seed, device),
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,
+            add_up=self._add_up,
+            gather=self.ranks.gather,
             clip=self.fused.grad_norm if self.fused else self._clip,
             steps_in_backward=self.fused is not None,
             limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
@@ -487,19 +532,37 @@ class Trainer:
             started=time.time(),
             optimizer=describe_optimizer(self.optimizer.optimizer, self.config),
             num_timesteps=self.model.schedule.num_timesteps,
-            described={
-                "ss_total_batch_size": str(self._batch_size()),
-                "modelspec.resolution": "{}x{}".format(*self._largest_resolution()),
-                **dataset_metadata(prepared.scan, self.config.dataset),
-                **self.model.metadata(),
-                **self.assembly.adapter.metadata(),
-            },
+            described=self._described() if self.ranks.main else {},
         )
+
+    def _described(self) -> dict[str, str]:
+        return {
+            "ss_total_batch_size": str(self._batch_size()),
+            "modelspec.resolution": "{}x{}".format(*self._largest_resolution()),
+            **dataset_metadata(self.prepared.scan, self.config.dataset),
+            **self.model.metadata(),
+            **self.assembly.adapter.metadata(),
+        }
+
+    def _facts(self) -> dict[str, str]:
+        """Give what must be the same in every process, as digests."""
+        if self.ranks.count == 1:
+            return {}
+        modules = [self.model.denoiser, *self.model.text_encoders]
+        # Biases and norms tell two fine-tunes apart, and take no time.
+        vectors = [p for module in modules for p in module.parameters() if p.ndim == 1]
+        return {
+            "options": repr(shaping_options(self.config)),
+            "dataset": dataset_digest(self.prepared.scan),
+            "base model": digest(vectors),
+            "network weights": digest(self.assembly.parameters),
+        }
 
     def _batch_size(self) -> int:
         """Give the samples of an optimizer step, at most."""
         sizes = [dataset.config.batch_size for dataset in self.prepared.scan.datasets]
-        return max(sizes) * self.config.training.gradient_accumulation_steps
+        accumulated = self.config.training.gradient_accumulation_steps
+        return max(sizes) * self.prepared.processes * accumulated
 
     def _largest_resolution(self) -> tuple[int, int]:
         resolutions = [dataset.config.resolution for dataset in self.prepared.scan.datasets]
@@ -512,7 +575,10 @@ class Trainer:
             list(host.enabled.values()),
             strict=self.config.training.strict_observers,
             timeout=self.config.training.observer_timeout,
+            silent=not self.ranks.main,
         )
+        if not self.ranks.main:
+            return events
         names = [e.qualified for e in self.config.entries if e.kind.name == "observer"]
         for name, observer in zip(names, self.config.observers, strict=True):
             built = observer.build(self.run)
@@ -558,39 +624,15 @@ class Trainer:
 
         return WideSteps(optimizer, WEIGHT_DTYPES[precision], generator)
 
-    def _clip(self) -> Tensor:
+    def _add_up(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         if self.wide_steps is not None:
             self.wide_steps.widen()  # or small gradients would vanish, unscaled in fp16
+        return self.ranks.add_up(self.assembly.parameters, values)
+
+    def _clip(self) -> Tensor:
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    precision, device = config.training.mixed_precision, config.training.device
-    missing = (device == "cuda" and not torch.cuda.is_available()) or (
-        device == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise UserError.of(
-            config.place("device"),
-            f"there is no {device} device on this machine, or this torch cannot use it",
-            "use --device auto or cpu, or install a torch built for it",
-        )
-    if precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
-        raise UserError.of(
-            config.place("mixed_precision"),
-            "fp16 needs a GPU, and this run has none",
-            "use --mixed_precision bf16 or no",
-        )
-    # accelerate keeps one state for the process; a second run may want another precision.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
-    if accelerator.num_processes > 1:
-        raise TrainingError(
-            f"{accelerator.num_processes} processes were launched; this version trains with one"
-        )
-    return accelerator
 
 
 def _status(error: BaseException | None, result: RunResult) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,15 @@ class RunSignals:
     """Remember what was signalled; a second signal to stop ends the process at once.
 
     Only the main thread hears signals: in another one (a notebook's) this does nothing.
+
+    Args:
+        patience: Seconds in which a second signal is taken for the first one, come another way: a
+            launcher passes on what a terminal or a scheduler may have sent to all its processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = 0) -> None:
+        self.patience = patience
+        self._first = 0.0
         self.received: signal.Signals | None = None
         self._save = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -48,11 +55,6 @@ class RunSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @property
-    def exit_code(self) -> int:
-        """128 and the number of the signal received, as shells count; 0 without one."""
-        return 128 + self.received if self.received else 0
-
     def take_save_request(self) -> bool:
         """Tell whether a save was asked for since the last time."""
         asked, self._save = self._save, False
@@ -60,8 +62,11 @@ class RunSignals:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            if time.monotonic() - self._first < self.patience:
+                return
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+        self._first = time.monotonic()
         self.received = signal.Signals(number)
         logger.warning(
             "%s: finishing this step, then saving; once more to stop at once", self.received.name

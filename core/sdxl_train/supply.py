@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from sdxl_train.data.batches import Share
 from sdxl_train.data.cache import LatentCache, MemoryStore, TextCache, latent_keys
 from sdxl_train.data.disk_store import (
     DiskStore,
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.components import LoadedModel
-    from sdxl_train.data.batches import Batch, BatchPlan
+    from sdxl_train.data.batches import Batch, BatchPlan, BatchSpec
     from sdxl_train.data.cache import LatentKey, Store
     from sdxl_train.data.entry_file import Entry
     from sdxl_train.preflight import Prepared
+    from sdxl_train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ class Supply:
         device: Where the batches are wanted.
         autocast: The precision in which captions are encoded.
         trains_text: Leave captions to the step, which encodes them with their gradients.
+        ranks: The processes that share the batches; this one gets its parts.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Supply:
         autocast: Callable[[], AbstractContextManager[Any]],
         *,
         trains_text: bool,
+        ranks: Ranks,
     ) -> None:
         self.prepared = prepared
         self.options = prepared.config.dataset
@@ -64,6 +68,7 @@ class Supply:
         self.device = device
         self.autocast = autocast
         self.trains_text = trains_text
+        self.ranks = ranks
         self._loader = self._loader_of(prepared.batches)
         self._validation = self._loader_of(prepared.validation) if prepared.validation else None
 
@@ -120,24 +125,29 @@ class Supply:
 
     def _cache_latents(self, loader: BatchLoader, store: Store[LatentKey]) -> None:
         loader.latents = LatentCache(loader.plan.datasets, store)
-        with progress("caching latents", "img") as show:
+        with progress("caching latents", "img", shown=self.ranks.main) as show:
             loader.latents.fill(
                 loader.pixels,
                 self._encode_images,
                 batch_size=self.options.vae_batch_size,
                 progress=show,
                 check=partial(check_unchanged, self.prepared.scan.index),
+                ranks=self.ranks,
             )
         loader.pixels.close()
         _tell(store)
 
     def _cache_text(self, loader: BatchLoader, store: Store[str]) -> None:
         loader.text = TextCache(loader.plan.datasets, store)
-        with progress("caching text encoder outputs", "caption") as show, self.autocast():
+        with (
+            progress("caching text encoder outputs", "caption", shown=self.ranks.main) as show,
+            self.autocast(),
+        ):
             loader.text.fill(
                 self.model.encode_text,
                 batch_size=self.options.text_encoder_batch_size,
                 progress=show,
+                ranks=self.ranks,
             )
         _tell(store)
 
@@ -154,11 +164,36 @@ class Supply:
             first = done % counts.steps_per_epoch
             last = first + counts.total - done
             specs = self.prepared.batches.epoch(epoch)[first * accumulation : last * accumulation]
-            batches = self._ready(self._loader.batches(specs))
+            batches = self._parts(specs)
             for position in range(0, len(specs), accumulation):
-                size = len(specs[position : position + accumulation])
-                yield StepBatches(epoch=epoch, batches=[next(batches) for _ in range(size)])
+                of_step = specs[position : position + accumulation]
+                yield StepBatches(
+                    epoch=epoch,
+                    batches=[next(batches) for _ in of_step],
+                    keys=tuple(key for spec in of_step for key in self._loader.keys(spec)),
+                )
                 done += 1
+
+    def _parts(self, specs: Sequence[BatchSpec]) -> Iterator[Batch | Share]:
+        """Give this process's part of each batch; a bare share where there is none for it."""
+        if self.ranks.count == 1:
+            yield from self._ready(self._loader.batches(specs))
+            return
+        parts = [spec.part(self.ranks.index, self.ranks.count) for spec in specs]
+        batches = self._ready(self._loader.batches([part for part in parts if part.samples]))
+        for part in parts:
+            assert part.share is not None
+            batch = next(batches) if part.samples else part.share
+            yield self._with_all_latents(batch) if self.prepared.config.noises else batch
+
+    def _with_all_latents(self, batch: Batch | Share) -> Batch | Share:
+        """Add the latents that the other processes have of a batch: its noises look at them."""
+        own = batch.latents
+        parts = self.ranks.gather(None if own is None else own.cpu())
+        if isinstance(batch, Share) or batch.share is None:
+            return batch
+        whole = torch.cat([part for part in parts if part is not None]).to(self.device)
+        return replace(batch, share=replace(batch.share, latents=whole))
 
     def validation(self, limit: int | None = None) -> Iterator[Batch]:
         """Give the held-out batches, on the device and with latents; none if nothing is held out.

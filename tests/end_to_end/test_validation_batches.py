@@ -9,6 +9,7 @@ import torch
 
 from sdxl_train.assembly import assemble
 from sdxl_train.preflight import prepare
+from sdxl_train.ranks import ALONE
 from sdxl_train.settings import from_mapping
 from sdxl_train.supply import Supply
 
@@ -23,7 +24,7 @@ def supplied(options: dict[str, Any]) -> list[list[Batch]]:
     prepared = prepare(from_mapping(options))
     assert prepared.validation is not None
     model = assemble(prepared.config, CPU, prepared.seed).model
-    supply = Supply(prepared, model, CPU, nullcontext, trains_text=True)
+    supply = Supply(prepared, model, CPU, nullcontext, trains_text=True, ranks=ALONE)
     supply.fill_caches()
     rounds = [list(supply.validation()) for _ in range(2)]
     assert len(rounds[0]) == prepared.validation.batches_per_epoch

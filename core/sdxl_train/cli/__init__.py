@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from sdxl_train._version import __version__
@@ -15,6 +16,7 @@ from sdxl_train.cli.console import configure_output, discard_output, report, war
 from sdxl_train.cli.help import HINT, USAGE, command_help, training_help
 from sdxl_train.cli.invocation import Invocation
 from sdxl_train.errors import SdxlTrainError, UserError
+from sdxl_train.launch import launched
 from sdxl_train.registry import Registry
 from sdxl_train.settings import from_words, merge
 
@@ -33,8 +35,20 @@ CORE_COMMANDS = {
 _HELP = ("-h", "--help")
 
 
+PATIENCE = 10
+"""Seconds that a process leaves the launcher to hear of the main process's end first."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sdxl-train`` with these words and give the exit code."""
+    code = _main(argv)
+    if code and not launched().main:
+        # A launcher ends the others as soon as one has failed; the main one may still be speaking.
+        time.sleep(PATIENCE)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     configure_output()
     if not words:

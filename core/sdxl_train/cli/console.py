@@ -8,7 +8,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, TextIO
 
-from sdxl_train.errors import UserError
+from sdxl_train.errors import EndedElsewhereError, UserError
+from sdxl_train.launch import launched
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -59,6 +60,10 @@ class _Once(logging.Filter):
 
 def configure_output() -> None:
     """Send the log to standard error, and let no character of a message stop the program."""
+    if not launched().main:
+        discard_output()
+        logging.getLogger().addHandler(logging.NullHandler())
+        return
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
         console = _Console()
@@ -78,6 +83,9 @@ def discard_output() -> None:
 
 def report(error: SdxlTrainError) -> None:
     """Print what is wrong, each problem on its own, to standard error."""
+    here = launched()
+    if isinstance(error, EndedElsewhereError) or not (here.main or here.local_index == 0):
+        return
     if isinstance(error, UserError):
         count = len(error.problems)
         print(
@@ -93,5 +101,5 @@ def report(error: SdxlTrainError) -> None:
 
 def warn(texts: Iterable[str]) -> None:
     """Print remarks to standard error."""
-    for text in texts:
+    for text in texts if launched().main else ():
         print(f"warning: {text}", file=sys.stderr)

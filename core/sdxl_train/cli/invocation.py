@@ -68,6 +68,17 @@ class Invocation:
             raise UserError.of(setting.place, f"takes no value, got '{setting.value}'")
         return True
 
+    def take_number(self, name: str) -> int | None:
+        """Take out a flag whose value is a number of things, at least 1."""
+        setting = self.settings.pop(name, None)
+        if setting is None:
+            return None
+        texts = texts_of(setting)
+        if len(texts) != 1 or not texts[0].isdecimal() or int(texts[0]) < 1:
+            got = " ".join(texts)
+            raise UserError.of(setting.place, f"got '{got}', expected a number from 1 up")
+        return int(texts[0])
+
     def refuse_leading(self) -> None:
         """Refuse words that belong to no flag."""
         if self.leading:

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 _SUMMARY = "Check the options of a run and print what it would do; no weights are read."
 _USAGE = f"""\
-usage: sdxl-train plan FLAGS [--json]
+usage: sdxl-train plan FLAGS [--num_processes N] [--json]
 
 {_SUMMARY}
 
-  FLAGS    those of training: see `sdxl-train --help`
-  --json   one object: plugins, options, dataset, steps, saves, samples, validations, modules,
-           groups, memory, warnings, errors; with errors, the exit code is 2"""
+  FLAGS             those of training: see `sdxl-train --help`
+  --num_processes   how many processes would train together, as with `accelerate launch`
+  --json            one object: plugins, options, dataset, steps, saves, samples, validations,
+                    modules, groups, memory, warnings, errors; with errors, the exit code is 2"""
 
 
 def run(invocation: Invocation) -> int:
@@ -35,12 +36,13 @@ def run(invocation: Invocation) -> int:
 
     as_json = invocation.take_switch("json")
     try:
+        processes = invocation.take_number("num_processes")
         invocation.refuse_leading()
         for name in ("output_config", "debug_dataset"):
             if is_on(setting := invocation.settings.get(name)):
                 assert setting is not None
                 raise UserError.of(setting.place, "writes no file here", "leave out `plan`")
-        prepared = prepare(invocation.settings, invocation.host, decode=False)
+        prepared = prepare(invocation.settings, invocation.host, decode=False, processes=processes)
         from sdxl_train.planning import make_plan
 
         plan = make_plan(prepared)
@@ -71,7 +73,8 @@ def print_plan(plan: Plan) -> None:
             f"{_count(steps['optimizer_steps'], 'optimizer step')}: "
             f"{_count(steps['epochs'], 'epoch')} of "
             f"{_count(steps['batches_per_epoch'], 'batch', 'batches')}, "
-            f"{_count(steps['warmup_steps'], 'step')} of warm-up",
+            f"{_count(steps['warmup_steps'], 'step')} of warm-up"
+            + (f", {steps['processes']} processes" if steps["processes"] > 1 else ""),
         ),
         ("saves", _after_steps(plan.saves)),
     ]

@@ -8,6 +8,7 @@ epoch and the sample alone: not on worker processes, caches, or where the run wa
 from __future__ import annotations
 
 import random
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,21 @@ class Sample:
     colour: Colour | None = None
 
 
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class Share:
+    """The part of a batch that this process has, the rest being with others.
+
+    Attributes:
+        first: Number of its first sample in the whole batch.
+        whole: Samples of the whole batch.
+        latents: fp32 [whole, C, h, w], where noises look at them; else None.
+    """
+
+    first: int
+    whole: int
+    latents: Tensor | None = None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSpec:
     """What a batch holds.
@@ -53,8 +69,9 @@ class BatchSpec:
         dataset: Index of the dataset.
         bucket: Training size of all its samples.
         epoch: The epoch, counted from 1.
-        samples: The samples.
+        samples: The samples; if the batch is shared, those of this process.
         step: Optimizer steps done before it is trained.
+        share: Which part of a shared batch they are.
     """
 
     dataset: int
@@ -62,6 +79,14 @@ class BatchSpec:
     epoch: int
     samples: tuple[Sample, ...]
     step: int = 0
+    share: Share | None = None
+
+    def part(self, index: int, count: int) -> BatchSpec:
+        """Give the part of process ``index`` among ``count``: parts differ by a sample at most."""
+        whole = len(self.samples)
+        first, last = index * whole // count, (index + 1) * whole // count
+        share = Share(first=first, whole=whole)
+        return replace(self, samples=self.samples[first:last], share=share)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,6 +107,7 @@ class Batch:
         keys: Short names of the images, for messages.
         preserved: bool [B], whose target is what the model predicts without the network; None if
             nobody's is.
+        share: Which part of a batch this is; None: all of it.
     """
 
     pixels: Tensor | None
@@ -95,6 +121,7 @@ class Batch:
     keys: list[str]
     masks: Tensor | None = None
     preserved: Tensor | None = None
+    share: Share | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -106,15 +133,15 @@ class Batch:
             value = getattr(self, name)
             if name == "text" and value is not None:
                 moved[name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
-            elif value is not None and name not in ("captions", "keys"):
+            elif value is not None and name not in ("captions", "keys", "share"):
                 moved[name] = value.to(device, non_blocking=True)
         return replace(self, **moved)  # type: ignore[arg-type]
 
 
-def count_batches(datasets: Sequence[Dataset]) -> int:
+def count_batches(datasets: Sequence[Dataset], processes: int = 1) -> int:
     """Count the batches of an epoch, the same in each."""
     return sum(
-        -(-len(samples) // datasets[dataset].config.batch_size)
+        -(-len(samples) // (datasets[dataset].config.batch_size * processes))
         for (dataset, _), samples in _samples(datasets).items()
     )
 
@@ -127,6 +154,7 @@ class BatchPlan:
         seed: Of all that is drawn.
         accumulation: Batches of an optimizer step.
         total_steps: Optimizer steps of the run.
+        processes: How many share a batch: it holds ``batch_size`` samples for each of them.
     """
 
     def __init__(
@@ -136,15 +164,23 @@ class BatchPlan:
         *,
         accumulation: int = 1,
         total_steps: int = 0,
+        processes: int = 1,
     ) -> None:
         self.datasets = datasets
         self.seed = seed
         self.accumulation = accumulation
-        self.batches_per_epoch = count_batches(datasets)
+        self.processes = processes
+        self.batches_per_epoch = count_batches(datasets, processes)
         self._captions = [
             [subset.captions.in_steps(total_steps) for subset in dataset.config.subsets]
             for dataset in datasets
         ]
+
+    def with_seed(self, seed: int) -> BatchPlan:
+        """Give the same plan with another seed."""
+        plan = copy(self)
+        plan.seed = seed
+        return plan
 
     def epoch(self, number: int) -> list[BatchSpec]:
         """Plan one epoch.
@@ -159,7 +195,7 @@ class BatchPlan:
         batches = []
         for (dataset, bucket), samples in _samples(self.datasets).items():
             order.shuffle(samples)
-            size = self.datasets[dataset].config.batch_size
+            size = self.datasets[dataset].config.batch_size * self.processes
             batches += [
                 BatchSpec(
                     dataset=dataset,

@@ -60,8 +60,9 @@ class DiskStore(Generic[K]):
         self._check = check
         self._remarks = Remarks()
         self._files = _Folders({entry.folder for entry in entries.values()})
+        self._damaged: set[K] = set()
         with ThreadPoolExecutor(thread_name_prefix="cache") as pool:
-            sound = list(pool.map(self._is_sound, entries.values()))
+            sound = list(pool.map(self._is_sound, entries))
         self._held = {key for key, is_held in zip(entries, sound, strict=True) if is_held}
         for line in self._remarks.lines():
             logger.warning("%s", line)
@@ -89,6 +90,18 @@ class DiskStore(Generic[K]):
                 "--cache_latents_to_disk and --cache_text_encoder_outputs_to_disk",
             ) from None
         self._held.add(key)
+
+    def adopt(self, key: K, tensors: dict[str, Tensor]) -> None:
+        """Take an encoding that another process has made: its file, or without it the tensors.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        # On another machine the file may be missing still, or be the damaged one.
+        if key in self._damaged or not self.entries[key].path.is_file():
+            self.put(key, tensors)
+        else:
+            self._held.add(key)
 
     def get(self, key: K) -> dict[str, Tensor]:
         """Read an encoding that is held.
@@ -120,7 +133,8 @@ class DiskStore(Generic[K]):
         ]
         return f", {', '.join(told)}" if told else ""
 
-    def _is_sound(self, entry: Entry) -> bool:
+    def _is_sound(self, key: K) -> bool:
+        entry = self.entries[key]
         if self._files.has(entry):
             try:
                 if self._check:
@@ -128,6 +142,7 @@ class DiskStore(Generic[K]):
             except EntryError as error:
                 self._remarks.add(f"a cached encoding {error}; it is made anew", entry.path)
                 self.tally["rebuilt (damaged)"] += 1
+                self._damaged.add(key)
                 return False
             self.tally["reused"] += 1
             return True

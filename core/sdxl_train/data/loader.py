@@ -139,6 +139,11 @@ class BatchLoader:
             for spec, images in zip(specs, self.pixels.load(specs), strict=True):
                 yield self._batch(spec, images.pixels, None, images.masks)
 
+    def keys(self, spec: BatchSpec) -> list[str]:
+        """Give the short names of the images of a batch."""
+        images = self.plan.datasets[spec.dataset].images
+        return [images[sample.image].key for sample in spec.samples]
+
     def _batch(
         self, spec: BatchSpec, pixels: Tensor | None, latents: Tensor | None, masks: Tensor | None
     ) -> Batch:
@@ -161,9 +166,10 @@ class BatchLoader:
             crop_top_left=torch.tensor(crops),
             target_size=torch.tensor([image.fit.bucket[::-1] for image in images]),
             loss_weights=torch.tensor(weights, dtype=torch.float32),
-            keys=[image.key for image in images],
+            keys=self.keys(spec),
             masks=masks,
             preserved=torch.tensor(preserved) if any(preserved) else None,
+            share=spec.share,
         )
 
 

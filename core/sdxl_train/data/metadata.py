@@ -10,7 +10,6 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from sdxl_train.data.batches import count_batches
 from sdxl_train.data.captions import split_tags
 
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ def dataset_metadata(scan: Scan, options: DatasetOptions) -> dict[str, str]:
         "ss_num_train_images": _samples(datasets, is_reg=False),
         "ss_num_validation_images": _samples(scan.validation, is_reg=False),
         "ss_num_reg_images": _samples(datasets, is_reg=True),
-        "ss_num_batches_per_epoch": count_batches(datasets),
         "ss_cache_latents": options.cache_latents,
         "ss_prior_loss_weight": options.prior_loss_weight,
         **{f"ss_{name}": _common(scan, name, getattr(options, name)) for name in _DROPOUT},

@@ -48,7 +48,6 @@ def test_a_folder_run_has_the_keys_and_shapes_of_the_golden_file(
     assert found["ss_num_train_images"] == "6"
     assert found["ss_num_reg_images"] == "6"
     # Square: 3 + 6 samples in 5 batches of 2; wide: 3 samples in 2.
-    assert found["ss_num_batches_per_epoch"] == "7"
     assert json.loads(found["ss_dataset_dirs"]) == {"3_cat": {"n_repeats": 3, "img_count": 2}}
     assert json.loads(found["ss_reg_dataset_dirs"]) == {
         "1_animal": {"n_repeats": 1, "img_count": 1}

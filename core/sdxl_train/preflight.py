@@ -191,6 +191,7 @@ def _scan(
         place=place,
         index=user_index(),
         skip_bad=skip_bad,
+        strict_captions=resolution.dataset.strict_captions,
         decode=decode or skip_bad,
     )
     problems.extend(scanned.problems)

@@ -20,6 +20,9 @@ from safetensors.torch import load_file
 
 import sdxl_train
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_train.errors import UserError
+from sdxl_train.preflight import prepare
+from sdxl_train.settings import from_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -276,3 +279,21 @@ def same_tensors() -> SameTensors:
         )
 
     return same
+
+
+class CheckRun(Protocol):
+    def __call__(self, **changes: Any) -> tuple[list[str], list[str]]: ...
+
+
+@pytest.fixture(scope="session")
+def check_run(options: MakeOptions) -> CheckRun:
+    """Check a run as before its start; give its problems, or without any its warnings."""
+
+    def check(**changes: Any) -> tuple[list[str], list[str]]:
+        try:
+            prepared = prepare(from_mapping(options(**changes)))
+        except UserError as error:
+            return [str(problem) for problem in error.problems], []
+        return [], prepared.warnings
+
+    return check

@@ -108,8 +108,12 @@ class CaptionFile:
         return self.lines[0] if self.lines else ""
 
 
+MOST_BYTES = 250_000
+"""Length of a caption file beyond which it is taken for something else."""
+
+
 class CaptionError(ValueError):
-    """A caption file is not text; the message says why."""
+    """A caption file is not text, or too long for a caption; the message says why."""
 
 
 def read_caption(path: Path) -> CaptionFile:
@@ -119,9 +123,14 @@ def read_caption(path: Path) -> CaptionFile:
     White space of any kind becomes single spaces.
 
     Raises:
-        CaptionError: If no encoding fits.
+        CaptionError: If no encoding fits, or it is far too long.
         OSError: If the file cannot be read.
     """
+    num_bytes = path.stat().st_size
+    if num_bytes > MOST_BYTES:
+        raise CaptionError(
+            f"has {num_bytes:,} bytes, and a caption no more than {MOST_BYTES:,}: is it one?"
+        )
     text, encoding = _decode(path.read_bytes())
     lines = text.splitlines()
     filled = tuple(words for line in lines if (words := " ".join(line.split())))

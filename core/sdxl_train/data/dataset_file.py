@@ -252,6 +252,8 @@ def _table_of(loc: tuple[int | str, ...]) -> type[BaseModel]:
 
 
 def _expected(loc: tuple[int | str, ...]) -> str:
+    if not loc:
+        return "an object with datasets"
     table = _table_of(loc)
     field = table.model_fields.get(str(loc[-1]))
     if field is None:

@@ -233,6 +233,11 @@ class DatasetOptions(OptionModel):
         description="An image that is damaged, too small or no image at all stops the run before "
         "it starts, or is left out with a warning.",
     )
+    strict_captions: bool = Field(
+        False,
+        description="An image without a caption, and a caption that is empty or not UTF-8, stops "
+        "the run before it starts.",
+    )
     cache_latents: bool = Field(
         False, description="Encode the images once, before training, and keep the latents."
     )

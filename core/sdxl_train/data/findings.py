@@ -47,10 +47,12 @@ class Findings:
 
     Args:
         skip_bad: Leave out images that cannot be used, instead of making problems of them.
+        strict_captions: Make problems of captions that are missing, empty or not UTF-8.
     """
 
-    def __init__(self, *, skip_bad: bool) -> None:
+    def __init__(self, *, skip_bad: bool, strict_captions: bool = False) -> None:
         self.skip_bad = skip_bad
+        self.strict_captions = strict_captions
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.skipped: list[Skipped] = []
@@ -59,6 +61,13 @@ class Findings:
     def problem(self, place: str, message: str, remedy: str = "") -> None:
         """Note something that stops the run."""
         self.problems.append(Problem(place=place, message=message, remedy=remedy))
+
+    def poor_caption(self, path: Path, remark: str) -> None:
+        """Note a caption that can be used, though hardly as it was meant."""
+        if self.strict_captions:
+            self.problem(str(path), f"caption {remark}", "mend it, or drop --strict_captions")
+        else:
+            self.remarks.add(f"caption {remark}", path)
 
     def bad_image(self, path: Path, message: str, *, place: str | None = None) -> None:
         """Note a file that cannot be used as an image, and where it is named if not by itself."""

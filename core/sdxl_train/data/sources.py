@@ -53,6 +53,7 @@ def scan(
     place: Callable[[str], str],
     index: ScanIndex | None = None,
     skip_bad: bool = False,
+    strict_captions: bool = False,
     decode: bool = False,
 ) -> Scan:
     """Find and check all images and captions.
@@ -63,10 +64,11 @@ def scan(
         place: Gives the place of an option by its name, for values that nobody set.
         index: What is known of files from before; it learns what is read. Default: an empty one.
         skip_bad: Leave out images that cannot be used, instead of making problems of them.
+        strict_captions: Make problems of captions that are missing, empty or not UTF-8.
         decode: Decode each image that was never decoded before.
     """
     index = index or ScanIndex()
-    findings = Findings(skip_bad=skip_bad)
+    findings = Findings(skip_bad=skip_bad, strict_captions=strict_captions)
     scanner = _Scanner(bucket_multiple, place, Reader(index, decode=decode), findings)
     found = [(config, scanner.images(config)) for config in configs]
     duplicates = find_duplicates((image for _, images in found for image in images), index)

@@ -140,10 +140,15 @@ class SubsetScan:
     def _check_captions(self, records: Sequence[ImageRecord]) -> None:
         subset = self.subset
         captioned = [record.caption for record in records if record.has_caption]
-        if len(captioned) < len(records):
+        bare = [record.path for record in records if not record.has_caption]
+        if self.findings.strict_captions and not subset.is_reg:
+            for path in bare:
+                remedy = "write one, or drop --strict_captions"
+                self.findings.problem(str(path), "has no caption", remedy)
+        elif bare:
             used = f"the class tokens {subset.class_tokens!r}" if subset.class_tokens else "nothing"
             self.findings.warnings.append(
-                f"{subset.source}: {len(records) - len(captioned)} of {len(records)} images "
+                f"{subset.source}: {len(bare)} of {len(records)} images "
                 f"have no caption{'' if subset.metadata_file else ' file'}; their caption is {used}"
             )
         self.findings.warnings += [
@@ -199,7 +204,7 @@ class SubsetScan:
 
     def _caption(self, caption: CaptionFile, read: Read, annotation: Annotation | None) -> str:
         for remark in caption.remarks:
-            self.findings.remarks.add(f"caption {remark}", read.caption_path or read.path)
+            self.findings.poor_caption(read.caption_path or read.path, remark)
         if not self.subset.captions.enable_wildcard:
             if len(caption.lines) > 1:
                 remark = "caption more than one line, only the first is used (enable_wildcard)"

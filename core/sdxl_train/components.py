@@ -266,6 +266,25 @@ class LoadedModel(Protocol):
         """
 
 
+@runtime_checkable
+class LatentReader(Protocol):
+    """What a :class:`LoadedModel` has beside if it can read latents that another program kept."""
+
+    def read_latents(self, image: Path, size: tuple[int, int]) -> Mapping[bool, Tensor]:
+        """Give the latents that lie beside an image, scaled for training; none if there are none.
+
+        Args:
+            image: The image.
+            size: Its (width, height).
+
+        Returns:
+            fp32 [C, h, w], those of the mirrored image under True.
+
+        Raises:
+            ValueError: If there is a file, and it cannot be used; the message says why.
+        """
+
+
 class Adapter(Protocol):
     """A network attached to a model: the only thing that trains.
 

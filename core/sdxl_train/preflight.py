@@ -306,7 +306,7 @@ def _cache_remarks(config: RunConfig, scanned: Scan | None) -> Iterator[str]:
     if foreign and data.caches_latents:
         yield (
             f"{len(foreign)} .npz files of another trainer, such as {foreign[0]}, are left alone: "
-            "they do not tell what they were made of"
+            "`sdxl-train cache --import_npz` takes over what it can verify"
         )
 
 

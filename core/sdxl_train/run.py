@@ -164,14 +164,18 @@ def _execute(prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ra
     return trainer.result
 
 
-def fill_caches(prepared: Prepared) -> None:
+def fill_caches(prepared: Prepared, *, imports_latents: bool = False) -> None:
     """Fill the caches that a run would fill, and end there.
+
+    Args:
+        prepared: The run.
+        imports_latents: Take over another program's latents where they can be verified.
 
     Raises:
         UserError: If the machine cannot do what the options ask, or a cache cannot be written.
         TrainingError: If an image cannot be read.
     """
-    with _encoding(prepared) as supply:
+    with _encoding(prepared, imports_latents=imports_latents) as supply:
         supply.fill_caches()
 
 
@@ -186,7 +190,7 @@ def prune_caches(prepared: Prepared) -> list[Pruned]:
 
 
 @contextmanager
-def _encoding(prepared: Prepared) -> Iterator[Supply]:
+def _encoding(prepared: Prepared, *, imports_latents: bool = False) -> Iterator[Supply]:
     """Make what encodes images and captions, exactly as a run does, networks to merge included."""
     try:
         accelerator = make_accelerator(prepared.config)
@@ -195,7 +199,13 @@ def _encoding(prepared: Prepared) -> Iterator[Supply]:
         with ranks.together():
             model = assemble(prepared.config, device, prepared.seed).model
             supply = Supply(
-                prepared, model, device, accelerator.autocast, trains_text=False, ranks=ranks
+                prepared,
+                model,
+                device,
+                accelerator.autocast,
+                trains_text=False,
+                ranks=ranks,
+                imports_latents=imports_latents,
             )
             yield supply
             supply.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from sdxl_train.components import LatentReader
 from sdxl_train.data.batches import Share
 from sdxl_train.data.cache import LatentCache, MemoryStore, TextCache, latent_keys
 from sdxl_train.data.disk_store import (
@@ -18,6 +19,7 @@ from sdxl_train.data.disk_store import (
     latent_entries,
     text_entries,
 )
+from sdxl_train.data.foreign_latents import ImportingStore
 from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.loop import StepBatches
 from sdxl_train.progress import progress
@@ -50,6 +52,7 @@ class Supply:
         autocast: The precision in which captions are encoded.
         trains_text: Leave captions to the step, which encodes them with their gradients.
         ranks: The processes that share the batches; this one gets its parts.
+        imports_latents: Take over another program's latents where they can be verified.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Supply:
         *,
         trains_text: bool,
         ranks: Ranks,
+        imports_latents: bool = False,
     ) -> None:
         self.prepared = prepared
         self.options = prepared.config.dataset
@@ -69,6 +73,7 @@ class Supply:
         self.autocast = autocast
         self.trains_text = trains_text
         self.ranks = ranks
+        self.imports_latents = imports_latents
         self._loader = self._loader_of(prepared.batches)
         self._validation = self._loader_of(prepared.validation) if prepared.validation else None
 
@@ -96,6 +101,12 @@ class Supply:
         """Give the place of each loader's latents."""
         if not self.options.cache_latents_to_disk:
             return [MemoryStore() for _ in self._loaders]
+        if self.imports_latents and isinstance(self.model, LatentReader):
+            index, check = self.prepared.scan.index, not self.options.skip_cache_check
+            return [
+                ImportingStore(loader.plan.datasets, self.model, entries, index, check=check)
+                for loader, entries in zip(self._loaders, self._latent_entries(), strict=True)
+            ]
         return self._disk_stores("latents", self._latent_entries())
 
     def _latent_entries(self) -> list[dict[LatentKey, Entry]]:

@@ -117,6 +117,18 @@ class LoadedSdxl:
         latents: Tensor = posterior.mode().float()
         return latents * self.latent_scaling
 
+    def read_latents(self, image: Path, size: tuple[int, int]) -> dict[bool, Tensor]:
+        """Read the latents that sd-scripts keeps beside an image; see :class:`LatentReader`.
+
+        Raises:
+            ValueError: If there is a file, and it cannot be used.
+        """
+        from sdxl_lora_plugins.model.npz import find_npz, read_npz
+
+        path = find_npz(image, size)
+        found = {} if path is None else read_npz(path, size)
+        return {flipped: latents * self.latent_scaling for flipped, latents in found.items()}
+
     def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Encode captions.
 

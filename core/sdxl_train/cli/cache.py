@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 _SUMMARY = "Encode the images and captions of a run ahead of it, into its caches on disk."
 _USAGE = f"""\
-usage: sdxl-train cache FLAGS [--prune]
+usage: sdxl-train cache FLAGS [--import_npz | --prune]
 
 {_SUMMARY}
 
-  FLAGS    those of training, of which --cache_latents_to_disk and
-           --cache_text_encoder_outputs_to_disk say what to encode; no --output_dir is needed
-  --prune  encode nothing: remove the files of these caches that no image or caption of the
-           datasets uses, as the flags have it
+  FLAGS         those of training, of which --cache_latents_to_disk and
+                --cache_text_encoder_outputs_to_disk say what to encode; no --output_dir is needed
+  --import_npz  of images that sd-scripts has encoded, keep its latents where they agree with what
+                the VAE makes of the image now; the others are made anew
+  --prune       encode nothing: remove the files of these caches that no image or caption of the
+                datasets uses, as the flags have it
 
 Interrupted (Ctrl-C), it keeps what it has encoded and goes on there the next time."""
 
@@ -32,13 +34,15 @@ def run(invocation: Invocation) -> int:
     from sdxl_train.data.scan_index import user_cache
     from sdxl_train.preflight import prepare
 
-    prunes = invocation.take_switch("prune")
+    prunes, imports = invocation.take_switch("prune"), invocation.take_switch("import_npz")
+    if prunes and imports:
+        raise UserError.of("--import_npz", "encodes, and --prune does not", "leave one of them out")
     invocation.refuse_leading()
     # Nothing is written there; it only has to be a place without the files of an earlier run.
     nowhere = Setting(value=str(user_cache()), place="--output_dir", origin="default")
     settings = {"output_dir": nowhere, **invocation.settings}
     prepared = prepare(settings, invocation.host)
-    _require_disk(prepared)
+    _require_disk(prepared, imports=imports)
     warn([*invocation.notices, *prepared.scan.warnings])
 
     # Only now, when the input is known to be right, is torch worth its import.
@@ -49,15 +53,19 @@ def run(invocation: Invocation) -> int:
             print(folder)
         return 0
     try:
-        fill_caches(prepared)
+        fill_caches(prepared, imports_latents=imports)
     except KeyboardInterrupt:
         warn(["interrupted; what is encoded is kept, and the next time goes on there"])
         return 130
     return 0
 
 
-def _require_disk(prepared: Prepared) -> None:
+def _require_disk(prepared: Prepared, *, imports: bool) -> None:
     data, config = prepared.config.dataset, prepared.config
+    if imports and not data.cache_latents_to_disk:
+        raise UserError.of(
+            "--import_npz", "has no effect without --cache_latents_to_disk", "add it"
+        )
     if not (data.cache_latents_to_disk or data.cache_text_encoder_outputs_to_disk):
         given = [
             name for name in ("cache_latents", "cache_text_encoder_outputs") if getattr(data, name)

@@ -1,0 +1,293 @@
+"""Measure the data side: the scan, caching, and how long a step waits for its batch.
+
+    python bench/data.py [--images 100000] [--json]
+
+Everything is made up on the spot; times are of this machine, so compare ratios. What is compared
+is measured in turns, in one process, and the median of the turns counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sdxl_train.data.sources import Scan
+
+SIZES = ((1024, 1024), (832, 1216), (1216, 832), (1500, 1000), (768, 1344))
+TURNS = 5
+
+
+def main() -> None:
+    """Measure what is asked for and print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=100_000, help="images to scan")
+    parser.add_argument("--to_cache", type=int, default=64, help="images to encode")
+    parser.add_argument("--steps", type=int, default=60, help="steps to train")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--scan_once", nargs=2, metavar=("FOLDER", "HOME"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.scan_once:
+        print(json.dumps(scan_once(*map(Path, options.scan_once))))
+        return
+    with tempfile.TemporaryDirectory(prefix="sdxl-train-bench-") as name:
+        folder = Path(name)
+        figures = {
+            "scan": measure_scan(folder / "many", options.images),
+            "caching": measure_caching(folder / "few", options.to_cache),
+            "waiting": measure_waiting(folder / "train", options.steps),
+        }
+    if options.json:
+        print(json.dumps(figures, indent=2))
+        return
+    for title, values in figures.items():
+        print(title)
+        for key, value in values.items():
+            print(f"  {key:<44} {value:.4g}")
+
+
+# ----------------------------------------------------------------------------------------- scan
+
+
+def measure_scan(folder: Path, count: int) -> dict[str, float]:
+    """Scan a folder of images with captions twice, each time in a process of its own."""
+    write_images(folder, 50, count)
+    home = folder / "home"
+    first, second = (
+        json.loads(
+            subprocess.run(
+                [sys.executable, __file__, "--scan_once", str(folder / "images"), str(home)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for _ in range(2)
+    )
+    return {
+        "images": count,
+        "first start, s": first["seconds"],
+        "first start, s of CPU": first["cpu"],
+        "second start, s": second["seconds"],
+        "second start, s of CPU": second["cpu"],
+        "first / second": first["seconds"] / second["seconds"],
+        "first / second, of CPU": first["cpu"] / second["cpu"],
+        "first start, KB of memory for each image": first["kilobytes"] / count,
+        "second start, KB of memory for each image": second["kilobytes"] / count,
+    }
+
+
+def scan_once(folder: Path, home: Path) -> dict[str, float]:
+    """Scan a folder, and give the seconds, the processor's seconds and the growth of memory."""
+    from sdxl_train.data.scan_index import ScanIndex
+
+    found = scan_of(home / "warm-up", ScanIndex())  # imports
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, computed = time.perf_counter(), time.process_time()
+    index = ScanIndex(home)
+    found = scan_of(folder, index)
+    index.save()
+    assert found.datasets[0].images
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu": time.process_time() - computed,
+        "kilobytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before,
+    }
+
+
+def scan_of(folder: Path, index: Any, resolution: int = 1024) -> Scan:
+    """Scan a folder at the usual settings."""
+    from sdxl_train.data.dataset_config import resolve_datasets
+    from sdxl_train.data.dataset_options import DatasetOptions
+    from sdxl_train.data.sources import scan
+
+    if not folder.is_dir():
+        write_images(folder.parent, 1, 1, folder.name)
+    options = DatasetOptions(
+        train_data_dir=folder, resolution=resolution, enable_bucket=True, max_bucket_reso=2048
+    )
+    datasets, problems, _ = resolve_datasets(options, str)
+    assert not problems, problems
+    return scan(datasets, bucket_multiple=32, place=str, index=index)
+
+
+def write_images(parent: Path, kinds: int, count: int, name: str = "images") -> None:
+    """Write images with captions: links to a few files under names of their own."""
+    folder = parent / name
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    sources = []
+    for number in range(kinds):
+        width, height = SIZES[number % len(SIZES)]
+        coarse = rng.integers(0, 255, (height // 32, width // 32, 3), dtype=np.uint8)
+        path = parent / f"source-{number}.{'jpg' if number % 2 else 'png'}"
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
+        sources.append(path)
+    for number in range(count):
+        source = sources[number % kinds]
+        os.link(source, folder / f"img_{number:06d}{source.suffix}")
+        caption = f"tag{number % 997}, number {number}, a photo, outdoors, looking at the viewer"
+        (folder / f"img_{number:06d}.txt").write_text(caption, encoding="utf-8")
+
+
+# -------------------------------------------------------------------------------------- caching
+
+
+def measure_caching(folder: Path, count: int) -> dict[str, float]:
+    """Encode images with VAEs of two sizes: in a plain loop, and as a run does."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from sdxl_train.data.scan_index import ScanIndex
+
+    write_images(folder, count, count)
+    found = scan_of(folder / "images", ScanIndex(), resolution=256)
+    figures: dict[str, float] = {"images": count, "threads": torch.get_num_threads()}
+    for title, widths in (("tiny VAE", (8, 8, 16, 16)), ("mid-size VAE", (16, 32, 64, 64))):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=widths,
+            latent_channels=4,
+            norm_num_groups=8,
+            layers_per_block=1,
+        ).eval()
+
+        def encode(images: torch.Tensor, vae: Any = vae) -> torch.Tensor:
+            with torch.no_grad():
+                latents: torch.Tensor = vae.encode(images).latent_dist.mode()
+            return latents
+
+        times = in_turns(
+            {
+                "decode alone": lambda: decode_all(found),
+                "plain": lambda: plain_loop(found, encode),
+                "ours": lambda encode=encode: fill(found, encode),
+            }
+        )
+        figures |= {
+            f"{title}: decoding's share of the plain loop": times["decode alone"] / times["plain"],
+            f"{title}: plain loop, img/s": count / times["plain"],
+            f"{title}: caching, img/s": count / times["ours"],
+            f"{title}: caching / plain loop": times["plain"] / times["ours"],
+        }
+    return figures
+
+
+def in_turns(works: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Give the median seconds of each work, done in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(TURNS):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def pixels_of(found: Scan) -> Iterator[Any]:
+    """Give the images as a script would load them: fp32 [1, 3, H, W]."""
+    import torch
+
+    from sdxl_train.data.images import fit_image, load_image
+
+    for image in found.datasets[0].images:
+        pixels = fit_image(load_image(image.path), image.fit)
+        yield torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+def decode_all(found: Scan) -> None:
+    """Load the images only."""
+    for _ in pixels_of(found):
+        pass
+
+
+def plain_loop(found: Scan, encode: Callable[[Any], Any]) -> list[Any]:
+    """Load and encode one image after the other."""
+    return [encode(pixels) for pixels in pixels_of(found)]
+
+
+def fill(found: Scan, encode: Callable[[Any], Any]) -> None:
+    """Fill a cache in memory as a run does."""
+    from sdxl_train.data.cache import LatentCache
+    from sdxl_train.data.loader import PixelLoader
+
+    loader = PixelLoader(found.datasets, num_workers=8)
+    cache = LatentCache(found.datasets)
+    cache.fill(loader, encode, batch_size=4, progress=lambda done, total: None)
+    loader.close()
+
+
+# -------------------------------------------------------------------------------------- waiting
+
+
+def measure_waiting(folder: Path, steps: int) -> dict[str, float]:
+    """Train the tiny model from caches on the disk, and time the waits for batches."""
+    import torch
+
+    import sdxl_train
+    from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+    from sdxl_train.supply import Supply
+
+    write_images(folder, 8, 40)
+    model = write_tiny_sdxl(folder / "tiny.safetensors", seed=0, single_file=True)
+    torch.set_num_threads(1)
+    waits: list[float] = []
+    ends: list[float] = []
+    steps_of = Supply.steps
+
+    def timed(self: Supply, start: int = 0) -> Iterator[Any]:
+        batches = steps_of(self, start)
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            waits.append(time.perf_counter() - began)
+            if batch is None:
+                return
+            yield batch
+
+    Supply.steps = timed  # type: ignore[method-assign]
+    sdxl_train.train(
+        {
+            "pretrained_model_name_or_path": str(model),
+            "train_data_dir": str(folder / "images"),
+            "output_dir": str(folder / "output"),
+            "resolution": 64,
+            "network_module": "networks.lora",
+            "network_train_unet_only": True,
+            "cache_latents_to_disk": True,
+            "cache_text_encoder_outputs_to_disk": True,
+            "max_train_steps": steps,
+            "seed": 1,
+            "progress": False,
+        },
+        events={"step_finished": lambda step: ends.append(time.perf_counter())},
+    )
+    Supply.steps = steps_of  # type: ignore[method-assign]
+    durations = [later - earlier for earlier, later in pairwise(ends)]
+    return {
+        "steps": steps,
+        "step, ms": 1000 * median(durations),
+        "wait for a batch, ms": 1000 * median(waits[1:-1]),
+        "share of the step, %": 100 * sum(waits[1:-1]) / sum(durations),
+    }
+
+
+if __name__ == "__main__":
+    main()

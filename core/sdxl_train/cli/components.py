@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.cli.console import warn
+from sdxl_train.cli.curves import plot
 from sdxl_train.cli.help import component_lines
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.cli.schema import documents
@@ -23,6 +24,7 @@ _SUMMARY = "List the components of the enabled plugins, with their options."
 _USAGE = f"""\
 usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json]
        sdxl-train components --schema [--plugin NAME]
+       sdxl-train components scheduler:NAME --plot [FILE.png] [--max_train_steps N] [OPTION ...]
 
 {_SUMMARY}
 
@@ -31,14 +33,20 @@ usage: sdxl-train components [KIND[:NAME] ...] [--plugin NAME] [--json]
   --plugin NAME   enable it first, as a run would
   --json          a list of objects: kind, name, plugin, default, chosen_by, description, options
   --schema        JSON schemas of a file of options and of a dataset file, with the options of
-                  every installed plugin; `sdxl-train schema --write` places them for editors"""
+                  every installed plugin; `sdxl-train schema --write` places them for editors
+  --plot          the learning rate at each step, in the terminal or into a PNG, with the
+                  schedule's own flags, --lr_scheduler_args, --learning_rate"""
 
 
 def run(invocation: Invocation) -> int:
     """List components; one that is named is shown with its options."""
     as_json = invocation.take_switch("json")
     as_schema = invocation.take_switch("schema")
-    invocation.refuse_flags("components", ["json", "schema"])
+    as_plot = "plot" in invocation.settings
+    if as_plot and (as_json or as_schema):
+        raise UserError.of("--plot", "draws a curve", "leave out --json and --schema")
+    if not as_plot:
+        invocation.refuse_flags("components", ["json", "schema", "plot"])
     registry = invocation.registry()
     warn(invocation.notices)
     words = invocation.words
@@ -48,7 +56,9 @@ def run(invocation: Invocation) -> int:
         print(json.dumps(documents(registry), indent=2))
         return 0
     entries = [entry for word in words or [""] for entry in _selected(registry, word)]
-    if as_json:
+    if as_plot:
+        plot(invocation, registry, entries if words else [])
+    elif as_json:
         print(json.dumps([_describe(entry) for entry in entries], indent=2, default=str))
     else:
         print("\n".join(_listing(entries, in_full=any(":" in word for word in words))))

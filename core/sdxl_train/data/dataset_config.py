@@ -21,6 +21,7 @@ from sdxl_train.data.dataset_rules import (
     idle_remarks,
     mask_problems,
     metadata_problems,
+    overridden_remarks,
     spelling_problems,
     style_problems,
     subset_problems,
@@ -184,7 +185,8 @@ def _from_file(
             for index, subset in enumerate(table.subsets)
         ]
         resolver.add(subsets, [Layer(table, origins), general], places.of(("datasets", number)))
-    return resolver.datasets, resolver.problems, []
+    remarks = overridden_remarks(resolver.datasets, options, place)
+    return resolver.datasets, resolver.problems, list(remarks)
 
 
 def _from_folders(

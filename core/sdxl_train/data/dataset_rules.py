@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.captions import BALANCE, UNBALANCED, bad_brace
+from sdxl_train.data.dataset_file import CALLED_HERE, DatasetTable
 from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.errors import Problem
 
@@ -149,6 +150,18 @@ def idle_remarks(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
         if subset.origins["token_warmup_min"] != DEFAULT and not subset.captions.token_warmup_step
     ):
         yield f"{place}: token_warmup_min has no effect without token_warmup_step"
+
+
+def overridden_remarks(
+    datasets: Sequence[DatasetConfig], options: DatasetOptions, place: Callable[[str], str]
+) -> Iterator[str]:
+    """Yield options of the command line that count nowhere, because a dataset file sets them."""
+    configs = [*datasets, *(subset for dataset in datasets for subset in dataset.subsets)]
+    for option in sorted(options.model_fields_set):
+        name = CALLED_HERE.get(option, option)
+        origins = [config.origins[name] for config in configs if name in config.origins]
+        if name in DatasetTable.model_fields and origins and place(option) not in origins:
+            yield f"{place(option)} has no effect: the dataset file sets it ({origins[0]})"
 
 
 def warmup_remarks(datasets: Iterable[DatasetConfig], total_steps: int) -> Iterator[str]:

@@ -519,3 +519,33 @@ def test_cache_info_is_taken_and_its_effect_told(tmp_path: Path, cats: Path) -> 
     assert problems == []
     (warning,) = warnings
     assert warning.startswith(f"{tmp_path / 'data.toml'}:2: general.cache_info: sizes and captions")
+
+
+def test_options_that_the_file_overrides_everywhere_are_told(tmp_path: Path, cats: Path) -> None:
+    text = f"""[general]
+batch_size = 2
+[[datasets]]
+[[datasets.subsets]]
+image_dir = '{cats}'
+flip_aug = false
+num_repeats = 3
+[[datasets]]
+[[datasets.subsets]]
+image_dir = '{cats}'
+num_repeats = 4
+"""
+    _, problems, warnings = resolve(
+        dataset_config=toml(tmp_path, text),
+        resolution=64,
+        train_batch_size=4,
+        dataset_repeats=5,
+        flip_aug=True,
+    )
+    assert problems == []
+    assert [warning.split(" ")[0] for warning in warnings] == [
+        "--dataset_repeats",
+        "--train_batch_size",
+    ]
+    assert (
+        f"the dataset file sets it ({tmp_path / 'data.toml'}:2: general.batch_size)" in warnings[1]
+    )

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from sdxl_train.loop import StepResult
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
+    from sdxl_train.recorded import recorded_settings
     from sdxl_train.rng import derive_seed
     from sdxl_train.run import Run, RunResult
     from sdxl_train.schedule import NoiseSchedule, PredictionType
@@ -86,6 +87,7 @@ _HOMES = {
     "PredictionType": "sdxl_train.schedule",
     "TENSOR_DTYPES": "sdxl_train.tensor_file",
     "TensorEntry": "sdxl_train.tensor_file",
+    "recorded_settings": "sdxl_train.recorded",
     "is_finite": "sdxl_train.finite",
     "hashes_of": "sdxl_train.tensor_file",
     "write_tensors": "sdxl_train.tensor_file",
@@ -162,6 +164,7 @@ __all__ = [
     "quiet",
     "read_text",
     "read_toml",
+    "recorded_settings",
     "require_fit",
     "train",
     "write_tensors",

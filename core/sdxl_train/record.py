@@ -87,7 +87,7 @@ class RunRecord:
         schedule = config.optimizer.brings_schedule()
         if schedule is not None:
             used |= dict.fromkeys(_RATES)
-        recorded = {f"ss_{name}": used.get(name, idle) for name, idle in _RECORDED_OPTIONS.items()}
+        recorded = {f"ss_{name}": used.get(name, idle) for name, idle in RECORDED_OPTIONS.items()}
         return recorded | {
             "ss_session_id": self.session,
             "ss_training_started_at": self.started,
@@ -170,7 +170,7 @@ class RunRecord:
 
 
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
-_RECORDED_OPTIONS: dict[str, object] = {
+RECORDED_OPTIONS: dict[str, object] = {
     "learning_rate": None,
     "text_encoder_lr": None,
     "unet_lr": None,

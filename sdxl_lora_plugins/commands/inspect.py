@@ -8,11 +8,15 @@ from json import dumps
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdxl_lora_plugins.commands.written import require
-from sdxl_lora_plugins.files.opening import open_networks
+from sdxl_lora_plugins.commands.written import progress, require
+from sdxl_lora_plugins.files.opening import open_networks, value_problems
 from sdxl_train import Command, Field, Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
     from sdxl_lora_plugins.files import NetworkFile, StoredModule
 
 
@@ -33,15 +37,56 @@ with warnings.catch_warnings():
         json: bool = Field(  # type: ignore[assignment]
             False, description="Print one JSON object."
         )
+        config: Path | None = Field(
+            None,
+            description="Write the settings of the run that made it to this TOML file, for "
+            "--config_file.",
+        )
 
         def run(self) -> int:
             """Read and print."""
             problems: list[Problem] = []
             files = open_networks([self.model], problems)
+            if self.config is not None:
+                problems += _config_problems(self.config)
             require(problems)
+            if self.config is not None:
+                _write_config(self.config, files[0])
+                return 0
             found = describe(files[0])
             print(dumps(found, indent=2) if self.json else "\n".join(_lines(found)))
             return 0
+
+
+def _config_problems(path: Path) -> Iterator[Problem]:
+    if path.exists():
+        yield Problem(
+            place="--config", message=f"{path} is there already", remedy="name another file"
+        )
+    elif path.suffix != ".toml":
+        yield Problem(place="--config", message=f"{path} is no .toml file")
+    elif not path.parent.is_dir():
+        yield Problem(place="--config", message=f"there is no folder {path.parent}")
+
+
+def settings_text(file: NetworkFile) -> str:
+    """Give the settings of the run that made a network, as a file for ``--config_file``."""
+    import tomli_w
+
+    from sdxl_train import recorded_settings
+
+    settings, refused = recorded_settings(file.metadata)
+    model = file.metadata.get("ss_sd_model_name", "an unknown model")
+    lines = [f"# {file.path.name} was trained on {model}.".replace("\n", " ")]
+    lines.append("# To be given beside: --pretrained_model_name_or_path, the data, --output_dir.")
+    for name, reason in refused.items():
+        lines.append(f"# left out: {name}, which {reason}".replace("\n", " "))
+    return "\n".join([*lines, tomli_w.dumps(settings)])
+
+
+def _write_config(path: Path, file: NetworkFile) -> None:
+    path.write_text(settings_text(file), encoding="utf-8")
+    print(f"wrote {path}")
 
 
 def describe(file: NetworkFile) -> dict[str, Any]:
@@ -49,6 +94,8 @@ def describe(file: NetworkFile) -> dict[str, Any]:
 
     ``hash`` is ``right``, ``wrong`` or ``absent``, of ``sshs_model_hash``.
     """
+    from sdxl_train import recorded_settings
+
     modules = file.modules.values()
     return {
         "file": str(file.path),
@@ -61,24 +108,40 @@ def describe(file: NetworkFile) -> dict[str, Any]:
         "modules": dict(Counter(module.layer.part for module in modules)),
         "norms": _norms(file),
         "hash": _hash_state(file),
-        "warnings": list(file.warnings()),
+        "warnings": [
+            *file.warnings(),
+            *(f"{problem.message}" for problem in value_problems(file)),
+        ],
+        "settings": recorded_settings(file.metadata)[0],
         "metadata": dict(sorted(file.metadata.items())),
     }
 
 
 def _norms(file: NetworkFile) -> dict[str, float]:
-    from sdxl_lora_plugins.files.deltas import delta
+    from math import isfinite
 
     squares: dict[str, float] = {}
+    modules = [module for module in file.modules.values() if not module.needs_base]
     with file.weights() as read:
-        for module in file.modules.values():
-            if module.needs_base:
-                continue
-            found = delta(module, read(module))
-            if found is not None:
-                block = _block(module)
-                squares[block] = squares.get(block, 0.0) + float(found.double().square().sum())
+        for module in progress(modules, total=len(modules), title="norms"):
+            square = _square(module, read(module))
+            if isfinite(square):
+                squares[_block(module)] = squares.get(_block(module), 0.0) + square
     return {block: square**0.5 for block, square in squares.items()}
+
+
+def _square(module: StoredModule, tensors: Mapping[str, Tensor]) -> float:
+    """Give the sum of the squares of a delta; of a product without making it."""
+    import torch
+
+    from sdxl_lora_plugins.files.deltas import delta, factors
+
+    product = factors(module, tensors)
+    if product is not None:
+        up, down = (factor.double() for factor in product)
+        return float(((up.mT @ up) * (down @ down.mT)).sum())
+    found = delta(module, tensors)
+    return 0.0 if found is None else float(torch.linalg.vector_norm(found)) ** 2
 
 
 def _block(module: StoredModule) -> str:
@@ -108,5 +171,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     lines += ["", "norms of deltas by block"]
     lines += [f"  {block:<18} {norm:.4g}" for block, norm in found["norms"].items()]
+    lines += ["", "settings of the run that made it (--config FILE writes them)"]
+    lines += [f"  {name} = {value}" for name, value in found["settings"].items()]
     lines += ["", "metadata"]
     return lines + [f"  {name}: {text}" for name, text in found["metadata"].items()]

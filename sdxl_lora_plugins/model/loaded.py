@@ -145,10 +145,7 @@ class LoadedSdxl:
 
     def count_tokens(self, captions: Sequence[str]) -> list[int]:
         """Count the tokens of captions, also those that are cut off."""
-        tokenizer = self.tokenizers[0]
-        if self._reading.weighted:
-            return [len(text.weighted_token_ids(tokenizer, caption)[0]) for caption in captions]
-        return [len(ids) for ids in text.token_ids(tokenizer, captions)]
+        return text.count_tokens(self.tokenizers[0], captions, weighted=self._reading.weighted)
 
     def _encode(self, captions: Sequence[str], *, weighted: bool) -> dict[str, Tensor]:
         assert self.text_encoders, "the text encoders were released"

@@ -60,6 +60,23 @@ def token_ids(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> list[list[int]]
     return ids
 
 
+def count_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str], *, weighted: bool) -> list[int]:
+    """Count the tokens of each text.
+
+    No token reaches across a blank, so each word is looked at once: whole captions of 100 000
+    images take ten seconds and more.
+    """
+    split = [
+        [word for piece, _ in weighted_pieces(text) for word in piece.split()]
+        if weighted
+        else text.split()
+        for text in texts
+    ]
+    words = sorted({word for text in split for word in text})
+    lengths = dict(zip(words, map(len, token_ids(tokenizer, words)), strict=True))
+    return [sum(map(lengths.__getitem__, text)) for text in split]
+
+
 def weighted_token_ids(tokenizer: CLIPTokenizer, text: str) -> tuple[list[int], list[float]]:
     """Give the tokens of a text with weights in it, and the weight of each."""
     pieces = weighted_pieces(text)

@@ -98,6 +98,23 @@ def test_weights_stay_with_their_tokens_across_chunks(tiny_folder: Path) -> None
     assert torch.equal(weighted[0, :81], plain[0, :81])
 
 
+def test_counting_by_words_equals_counting_whole(golden: Callable[[str], Any]) -> None:
+    tokenizer = clip_tokenizer()
+    prompts = [row["prompt"] for row in golden("tokens")]
+    odd = [
+        "it's  the cat's, don't",
+        "naïve 猫 犬,x",
+        "<|endoftext|> a",
+        "1girl123 !!! ...a",
+        "\u00a0 b ",
+    ]
+    texts = [*prompts, *odd, LONG]
+    whole = [len(ids) for ids in text.token_ids(tokenizer, texts)]
+    assert text.count_tokens(tokenizer, texts, weighted=False) == whole
+    weighted = [len(text.weighted_token_ids(tokenizer, line)[0]) for line in texts]
+    assert text.count_tokens(tokenizer, texts, weighted=True) == weighted
+
+
 def test_captions_are_counted_whole(tiny_folder: Path) -> None:
     tokenizer = clip_tokenizer()
     captions = ["a cat", LONG, "", "(cat:1.2)"]

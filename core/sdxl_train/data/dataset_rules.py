@@ -156,7 +156,8 @@ def overridden_remarks(
     datasets: Sequence[DatasetConfig], options: DatasetOptions, place: Callable[[str], str]
 ) -> Iterator[str]:
     """Yield options of the command line that count nowhere, because a dataset file sets them."""
-    configs = [*datasets, *(subset for dataset in datasets for subset in dataset.subsets)]
+    configs: list[DatasetConfig | SubsetConfig] = [*datasets]
+    configs += [subset for dataset in datasets for subset in dataset.subsets]
     for option in sorted(options.model_fields_set):
         name = CALLED_HERE.get(option, option)
         origins = [config.origins[name] for config in configs if name in config.origins]

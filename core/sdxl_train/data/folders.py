@@ -89,7 +89,9 @@ def file_problem(path: Path, place: str, endings: tuple[str, ...]) -> Problem | 
         message = f"{path} is neither {' nor '.join(endings)}"
         remedy = "name a file of one of these kinds"
     elif path.exists():
-        message, remedy = f"{path} is a folder, not a file", "use --train_data_dir for a folder"
+        message = f"{path} is a folder, not a file"
+        of_datasets = endings == DATASET_FILE
+        remedy = "use --train_data_dir for a folder" if of_datasets else "name a file in it"
     else:
         message, remedy = f"{path} does not exist", _near(path)
     return Problem(place=place, message=message, remedy=remedy)

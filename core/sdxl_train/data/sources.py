@@ -23,7 +23,7 @@ from sdxl_train.data.subset_scan import SubsetScan
 from sdxl_train.data.validation import fixed, held_out, validation_images
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sdxl_train.data.dataset_config import DatasetConfig
     from sdxl_train.data.findings import Skipped
@@ -76,6 +76,7 @@ def scan(
         findings.warnings.append(_duplicates_remark(duplicates))
     held = [held_out(config, images) for config, images in found]
     every = frozenset[Path]().union(*held)
+    findings.warnings += _leaks(duplicates, every)
     training = [scanner.training(config, images, every) for config, images in found]
     if every and not any(dataset.images for dataset in training):
         scanner.all_held_out(found[0][0])
@@ -101,6 +102,18 @@ def _duplicates_remark(groups: Sequence[Sequence[Path]]) -> str:
     more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
     files = "1 image is a copy" if copies == 1 else f"{copies} images are copies"
     return f"{files} of another, with the same content: {shown}{more}"
+
+
+def _leaks(duplicates: Sequence[Sequence[Path]], held: frozenset[Path]) -> Iterator[str]:
+    """Say where an image is held out of training, and a copy of it is trained."""
+    for group in duplicates if held else ():
+        out = [path for path in group if path.resolve() in held]
+        if 0 < len(out) < len(group):
+            trained = next(path for path in group if path not in out)
+            yield (
+                f"{out[0]} is held out to validate on, but {trained} with the same content is "
+                "trained: remove one of them"
+            )
 
 
 class _Scanner:

@@ -165,3 +165,19 @@ def test_what_is_wrong_with_a_folder_of_two_datasets_is_told_once(
     config.write_text(subset + subset, encoding="utf-8")
     found = make_scan(dataset_config=config)
     assert len(found.problems) == 1
+
+
+def test_a_held_out_image_with_a_copy_in_training_is_told(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    for number in range(4):
+        make_image(tmp_path / "1_a" / f"{number}.png", caption="x")
+        shutil.copyfile(tmp_path / "1_a" / f"{number}.png", tmp_path / "1_a" / f"{number}b.png")
+    found = make_scan(train_data_dir=tmp_path, validation_split=0.125)
+    (held,) = (image.path for dataset in found.validation for image in dataset.images)
+    (told,) = [text for text in found.warnings if "held out to validate on" in text]
+    assert told.startswith(f"{held} is held out to validate on, but ")
+    copy = held.with_name(
+        held.name.replace("b.png", ".png") if "b" in held.stem else f"{held.stem}b.png"
+    )
+    assert str(copy) in told

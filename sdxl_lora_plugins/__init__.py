@@ -18,6 +18,7 @@ from sdxl_lora_plugins import (
     timesteps,
     weightings,
 )
+from sdxl_lora_plugins.commands.compare import Compare
 from sdxl_lora_plugins.commands.convert import Convert
 from sdxl_lora_plugins.commands.demo import Demo
 from sdxl_lora_plugins.commands.extract import Extract
@@ -27,6 +28,7 @@ from sdxl_lora_plugins.commands.new_plugin import NewPlugin
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.ema import Ema
 from sdxl_lora_plugins.observers.progress import Progress
+from sdxl_lora_plugins.observers.report import Report
 from sdxl_lora_plugins.observers.samples import SampleImages
 from sdxl_lora_plugins.observers.trackers import Trackers
 from sdxl_train import hookimpl
@@ -160,13 +162,20 @@ def register_weightings() -> dict[str, type[Weighting]]:
 @hookimpl
 def register_observers() -> dict[str, type[Observer]]:
     """Give the observers."""
-    return {"progress": Progress, "samples": SampleImages, "trackers": Trackers, "ema": Ema}
+    return {
+        "progress": Progress,
+        "samples": SampleImages,
+        "trackers": Trackers,
+        "ema": Ema,
+        "report": Report,
+    }
 
 
 @hookimpl
 def register_commands() -> dict[str, type[Command]]:
     """Give the subcommands."""
     return {
+        "compare": Compare,
         "demo": Demo,
         "inspect": Inspect,
         "merge": Merge,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.api import plan, train
     from sdxl_train.by_name import named_values
-    from sdxl_train.checkpoint import Checkpoint
+    from sdxl_train.checkpoint import Checkpoint, write_atomically
     from sdxl_train.components import (
         Adapter,
         Command,
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sdxl_train.libraries import quiet
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
+    from sdxl_train.pace import Pace
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
     from sdxl_train.recorded import recorded_settings
@@ -76,6 +77,8 @@ _HOMES = {
     "LibraryScheduler": "sdxl_train.library_components",
     "StepResult": "sdxl_train.loop",
     "Checkpoint": "sdxl_train.checkpoint",
+    "Pace": "sdxl_train.pace",
+    "write_atomically": "sdxl_train.checkpoint",
     "ImageRequest": "sdxl_train.pictures",
     "ImageSampler": "sdxl_train.pictures",
     "SampledImage": "sdxl_train.pictures",
@@ -128,6 +131,7 @@ __all__ = [
     "NoiseTransform",
     "Observer",
     "Optimizer",
+    "Pace",
     "ParameterGroup",
     "Part",
     "Plan",
@@ -167,6 +171,7 @@ __all__ = [
     "recorded_settings",
     "require_fit",
     "train",
+    "write_atomically",
     "write_tensors",
 ]
 

@@ -7,20 +7,17 @@ those the run really used. What the model, the network and the data say of thems
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
-from sdxl_train.checkpoint import write_atomically
+from sdxl_train.document import SCHEMA_VERSION, command, software
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     import torch
 
@@ -36,8 +33,6 @@ MINIMAL_KEYS = (
     "ss_network_args",
 )
 """What ``--no_metadata`` keeps: clients need these to load a file."""
-
-_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +134,11 @@ class RunRecord:
             entries["modelspec.timestep_range"] = f"{timesteps.min_timestep},{last}"
         return entries | config.metadata.modelspec()
 
-    def write(self, path: Path, results: Mapping[str, Any]) -> None:
-        """Write ``NAME.run.json``: options with origins, versions, seed and results."""
-        document = {
-            "schema_version": 1,
-            "sdxl_train": __version__,
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in _PACKAGES},
+    def facts(self) -> dict[str, Any]:
+        """Give what ``NAME.run.json`` says of the run whatever becomes of it."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **software(),
             "plugins": [
                 {
                     "name": plugin.name,
@@ -154,8 +147,10 @@ class RunRecord:
                 }
                 for plugin in self.config.plugins
             ],
+            "command": command(self.config, self.seed),
             "options": self.config.options(),
             "seed": self.seed,
+            "session": self.session,
             "started_at": self.started,
             "steps": {
                 "batches_per_epoch": self.counts.batches_per_epoch,
@@ -164,9 +159,7 @@ class RunRecord:
                 "warmup_steps": self.counts.warmup,
             },
             "metadata": dict(self.described),
-            "results": dict(results),
         }
-        write_atomically(path, json.dumps(document, indent=2, ensure_ascii=False).encode())
 
 
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")
@@ -233,10 +226,3 @@ def _told(value: object) -> str:
     path = PureWindowsPath(text)
     is_path = isinstance(value, PurePath) or path.drive or text.startswith(("/", "~", "./", "../"))
     return path.name if is_path else text
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

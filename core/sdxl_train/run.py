@@ -18,10 +18,19 @@ from sdxl_train.accelerator import make_accelerator
 from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
+from sdxl_train.checkpoint import write_atomically
 from sdxl_train.components import LimitedAdapter, WeightAverage
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.data.pruning import Pruned, prune
+from sdxl_train.document import (
+    earlier_notes,
+    machine,
+    memory,
+    speed,
+    with_paths,
+    write_document,
+)
 from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
@@ -29,8 +38,10 @@ from sdxl_train.events import Events
 from sdxl_train.fused import FusedBackward
 from sdxl_train.history import History
 from sdxl_train.loop import Step, StepResult, train
+from sdxl_train.pace import Pace
 from sdxl_train.ranks import digest, join
 from sdxl_train.record import RunRecord, describe_optimizer
+from sdxl_train.remarks import Remarks
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
 from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.rounding import WideSteps
@@ -82,6 +93,9 @@ class Run:
         first_step: Optimizer steps that count as done before: 0 unless it goes on from others.
         resolution: The largest (width, height) that it trains at.
         history: The numbers of the steps so far.
+        notes: What observers add to ``NAME.run.json``, each under a name of its own: plain JSON
+            values. A run that is resumed beside its record begins with those in it.
+        document: Gives what ``NAME.run.json`` would hold now.
         tell: Tells every observer of an event that happens in one:
             ``run.tell("images_sampled", run=run, images=...)``.
         evaluation: Gives a context in which training stands still, for who uses the model beside
@@ -98,6 +112,8 @@ class Run:
     first_step: int
     resolution: tuple[int, int]
     history: History
+    notes: dict[str, Any]
+    document: Callable[[], dict[str, Any]]
     tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
 
@@ -256,6 +272,9 @@ class Trainer:
         )
         self.step = self._build_step(device)
         self.result = RunResult()
+        self.status = "running"
+        self.remarks = Remarks()
+        self.pace = Pace()
         self.record = self._build_record()
         output = config.output
         if ranks.main:
@@ -273,6 +292,8 @@ class Trainer:
             first_step=prepared.start,
             resolution=self._largest_resolution(),
             history=self.history,
+            notes=earlier_notes(self._record_path) if prepared.resume is not None else {},
+            document=self.document,
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
         )
@@ -311,7 +332,9 @@ class Trainer:
         """Train, and close whatever happens."""
         error: BaseException | None = None
         try:
-            self.train()
+            with self.remarks:
+                self._write_record()
+                self.train()
         except BaseException as raised:
             error = raised
             raise
@@ -346,6 +369,8 @@ class Trainer:
                 points = with_state(points, last.step)
             self._save(points, last)
             self.events.tell("step_finished", run=self.run, step=last)
+            if self.pace.is_due():
+                self._write_record()
             if signalled is not None and stopped:
                 self.result.exit_code = 128 + signalled  # as shells count
                 break
@@ -424,24 +449,55 @@ class Trainer:
         """End the workers, tell the observers, and write the record."""
         self.supply.close()
         self.result.files = self.saver.files
+        self.status = _status(error, self.result)
+        self.history.read()
         self.events.tell("run_finished", run=self.run, error=error)
         self.events.close()
         self.result.observer_failures = dict(self.events.failures)
-        if not self.ranks.main:
-            return
-        self.record.write(
-            self.run.output_dir / f"{self.run.name}.run.json",
-            {
-                "status": _status(error, self.result),
+        self._write_record()
+
+    def document(self) -> dict[str, Any]:
+        """Give all that is known of the run now, as plain JSON values."""
+        self.history.read()
+        plan = self.run.plan.as_json()
+        told = ("dataset", "saves", "samples", "validations", "modules", "groups", "memory")
+        images = [image for dataset in self.prepared.scan.datasets for image in dataset.images]
+        return {
+            **self.record.facts(),
+            "name": self.run.name,
+            "machine": machine(self.accelerator.device),
+            "plan": {name: plan[name] for name in told},
+            "warnings": list(dict.fromkeys([*plan["warnings"], *self.remarks.texts])),
+            "history": self.history.as_json(),
+            "loss_by_timestep": self.history.loss_by_timestep(),
+            "loss_by_image": with_paths(
+                self.history.loss_by_image(), {image.key: image.path for image in images}
+            ),
+            "speed": speed(self.history),
+            "memory": memory(self.accelerator.device),
+            "notes": self.run.notes,
+            "results": {
+                "status": self.status,
                 "steps": self.result.steps,
                 "skipped_steps": self.result.skipped_steps,
                 "final_loss": self.result.final_loss,
                 "validations": [result.as_json() for result in self.result.validations],
-                "files": [path.name for path in self.result.files],
-                "observer_failures": self.result.observer_failures,
-                "finished_at": time.time(),
+                "files": [path.name for path in self.saver.files],
+                "observer_failures": dict(self.events.failures),
+                "written_at": time.time(),
             },
-        )
+        }
+
+    def _write_record(self) -> None:
+        if not self.ranks.main:
+            return
+        with self.pace.at_work():
+            write_atomically(self._record_path, write_document(self.document()))
+
+    @property
+    def _record_path(self) -> Path:
+        output = self.config.output
+        return output.output_dir / f"{output.output_name or 'last'}.run.json"
 
     def _restore(self, point: ResumePoint) -> None:
         model = model_identity(self.record.described)

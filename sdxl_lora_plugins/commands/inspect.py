@@ -13,11 +13,9 @@ from sdxl_lora_plugins.files.opening import open_networks, value_problems
 from sdxl_train import Command, Field, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
-    from torch import Tensor
-
-    from sdxl_lora_plugins.files import NetworkFile, StoredModule
+    from sdxl_lora_plugins.files import NetworkFile
 
 
 with warnings.catch_warnings():
@@ -120,36 +118,18 @@ def describe(file: NetworkFile) -> dict[str, Any]:
 def _norms(file: NetworkFile) -> dict[str, float]:
     from math import isfinite
 
+    import torch
+
+    from sdxl_lora_plugins.files.deltas import square_norm
+
     squares: dict[str, float] = {}
     modules = [module for module in file.modules.values() if not module.needs_base]
     with file.weights() as read:
         for module in progress(modules, total=len(modules), title="norms"):
-            square = _square(module, read(module))
-            if isfinite(square):
-                squares[_block(module)] = squares.get(_block(module), 0.0) + square
+            square = square_norm(module, read(module), torch.float64)
+            if square is not None and isfinite(square):
+                squares[module.block] = squares.get(module.block, 0.0) + float(square)
     return {block: square**0.5 for block, square in squares.items()}
-
-
-def _square(module: StoredModule, tensors: Mapping[str, Tensor]) -> float:
-    """Give the sum of the squares of a delta; of a product without making it."""
-    import torch
-
-    from sdxl_lora_plugins.files.deltas import delta, factors
-
-    product = factors(module, tensors)
-    if product is not None:
-        up, down = (factor.double() for factor in product)
-        return float(((up.mT @ up) * (down @ down.mT)).sum())
-    found = delta(module, tensors)
-    return 0.0 if found is None else float(torch.linalg.vector_norm(found)) ** 2
-
-
-def _block(module: StoredModule) -> str:
-    """Name a block as kohya does: ``input_blocks.4``, ``middle_block``; of an encoder its part."""
-    if module.layer.part != "unet":
-        return module.layer.part
-    first, second, *_ = module.layer.path.split(".")
-    return f"{first}.{second}" if first in ("input_blocks", "output_blocks") else first
 
 
 def _hash_state(file: NetworkFile) -> str:

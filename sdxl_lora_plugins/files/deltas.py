@@ -83,6 +83,22 @@ def factors(
     return up * scale(module, tensors), down
 
 
+def square_norm(
+    module: StoredModule, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """Give the sum of the squares of a delta that needs no base weight, a scalar in ``dtype``.
+
+    Of a product it is the trace of ``(up' up)(down down')``, which needs no matrix of the delta's
+    own size. None where there is no delta of the weight.
+    """
+    product = factors(module, tensors, dtype)
+    if product is not None:
+        up, down = product
+        return ((up.mT @ up) * (down @ down.mT)).sum()
+    found = delta(module, tensors, dtype=dtype)
+    return None if found is None else found.square().sum()
+
+
 def scale(module: StoredModule, tensors: Mapping[str, Tensor]) -> float:
     """Give what the product of a module's factors is multiplied by: alpha / rank, or 1."""
     rank = module.rank

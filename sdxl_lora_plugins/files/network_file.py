@@ -63,6 +63,14 @@ class StoredModule:
         return self.layer.kohya
 
     @property
+    def block(self) -> str:
+        """Its block as kohya names it: ``input_blocks.4``; of a text encoder the part."""
+        if self.layer.part != "unet":
+            return self.layer.part
+        first, second, *_ = self.layer.path.split(".")
+        return f"{first}.{second}" if first in ("input_blocks", "output_blocks") else first
+
+    @property
     def rank(self) -> int | None:
         """The rank, or None where the delta has none."""
         return algorithms.rank_of(self.algorithm, self.shapes)

@@ -217,6 +217,7 @@ def options(
             "max_train_steps": 4,
             "seed": 42,
             "progress": False,
+            "report": False,
             "max_data_loader_n_workers": 0,
             **changes,
         }

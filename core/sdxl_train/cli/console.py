@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from sdxl_train.errors import EndedElsewhereError, UserError
 from sdxl_train.launch import launched
+from sdxl_train.remarks import concerns_the_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,16 +31,6 @@ class _Console(logging.StreamHandler[TextIO]):
         if record.levelno > logging.INFO:
             return f"{record.levelname.lower()}: {text}"
         return text
-
-
-def _concerns_the_run(record: logging.LogRecord) -> bool:
-    """Let our packages and the enabled plugins speak; of other libraries only errors.
-
-    Their warnings are for programmers: an optional accelerator that is absent, a text that is cut
-    later anyway. The host sets a level on the packages that take part.
-    """
-    package = logging.getLogger(record.name.partition(".")[0])
-    return record.levelno >= logging.ERROR or package.level != logging.NOTSET
 
 
 class _Once(logging.Filter):
@@ -67,7 +58,7 @@ def configure_output() -> None:
     root = logging.getLogger()
     if not any(isinstance(handler, _Console) for handler in root.handlers):
         console = _Console()
-        console.addFilter(_concerns_the_run)
+        console.addFilter(concerns_the_run)
         console.addFilter(_Once())
         root.addHandler(console)
     logging.getLogger("sdxl_train").setLevel(logging.INFO)

@@ -143,7 +143,7 @@ def main() -> None:
         measured(["convert", lora, "--to", "diffusers", *to])
         measured(["merge", lora, lora, *to])
         measured(["resize", lora, "--new_rank", "8", *to])
-        measured(["resize", lora, "-r", "fro_ckpt=1,thr=-3.5", "--sd_model", base, *to])
+        measured(["resize", lora, "-r", "fro_ckpt=1,size=40", "--sd_model", base, *to])
         measured(["merge", lora, "--sd_model", base, *to])
         out.unlink()
         tuned = str(write(folder / "tuned.safetensors", shapes, 0.02, "tuned"))

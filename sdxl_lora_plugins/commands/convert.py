@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from sdxl_lora_plugins.commands.written import (
     WritingCommand,
     base_or_none,
+    labelled,
     most_rank,
     no_plain_lora,
+    number,
     require,
     require_values,
     stored_dtype,
@@ -55,7 +57,7 @@ class Convert(WritingCommand):
             problems.append(
                 Problem(
                     place="--new_rank",
-                    message=f"is needed: {len(others)} layers are "
+                    message=f"is needed for {number(len(others), 'layer')} of "
                     f"{' and '.join(sorted(set(others)))}",
                     remedy="give the rank of the LoRA that is to stand for them",
                 )
@@ -71,7 +73,8 @@ class Convert(WritingCommand):
         require(problems)
         require_values(files)
         (file,) = files
-        print(f"{len(file.modules)} layers, {len(others)} by SVD, in the naming of {self.to}")
+        layers = number(len(file.modules), "layer")
+        print(f"{layers}, {len(others)} by SVD, in the naming of {self.to}")
         if self.dry_run:
             print(*self._listing(file), sep="\n")
             return 0
@@ -87,10 +90,10 @@ class Convert(WritingCommand):
     def _listing(self, file: NetworkFile) -> Iterator[str]:
         for module in file.modules.values():
             if _is_plain(module):
-                yield f"{module.name}: {module.title} of rank {module.rank}, as it is"
+                yield f"{module.name}: {labelled(module)}, as it is"
             else:
                 sides = [rank for rank in (self.new_rank, most_rank(module)) if rank]
-                yield f"{module.name}: {module.title} -> LoRA of rank {min(sides)}"
+                yield f"{module.name}: {labelled(module)} -> LoRA of rank {min(sides)}"
 
     def _converted(self, file: NetworkFile) -> Iterator[tuple[PlainModule, str]]:
         from sdxl_lora_plugins.files.deltas import delta
@@ -115,10 +118,7 @@ class Convert(WritingCommand):
                     f"{module.title}, {kept:.1%} of the norm kept",
                 )
         if lost:
-            print(
-                f"of the norms of deltas that were decomposed, {min(lost):.1%} to "
-                f"{max(lost):.1%} are kept"
-            )
+            print(f"decomposed deltas keep {min(lost):.1%} to {max(lost):.1%} of their norms")
 
 
 def _is_plain(module: StoredModule) -> bool:

@@ -8,7 +8,7 @@ from json import dumps
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sdxl_lora_plugins.commands.written import progress, require
+from sdxl_lora_plugins.commands.written import number, progress, require
 from sdxl_lora_plugins.files.opening import open_networks, value_problems
 from sdxl_train import Command, Field, Problem
 
@@ -144,13 +144,15 @@ def _hash_state(file: NetworkFile) -> str:
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = [found["file"]]
     for name in ("kinds", "ranks", "modules"):
-        counts = ", ".join(f"{key} ({count} layers)" for key, count in found[name].items())
+        counts = ", ".join(f"{key} ({number(n, 'layer')})" for key, n in found[name].items())
         lines.append(f"{name}: {counts or 'none'}")
     lines.append(f"naming: {' and '.join(found['namings'])}")
     lines.append(f"hash of the weights: {found['hash']}")
     lines += [f"warning: {warning}" for warning in found["warnings"]]
     lines += ["", "norms of deltas by block"]
     lines += [f"  {block:<18} {norm:.4g}" for block, norm in found["norms"].items()]
+    if not found["norms"]:
+        lines.append("  none: every delta depends on the base model's weights")
     lines += ["", "settings of the run that made it (--config FILE writes them)"]
     lines += [f"  {name} = {value}" for name, value in found["settings"].items()]
     lines += ["", "metadata"]

@@ -9,6 +9,7 @@ from sdxl_lora_plugins.commands.written import (
     WritingCommand,
     most_rank,
     no_plain_lora,
+    number,
     open_base,
     progress,
     require,
@@ -66,7 +67,8 @@ class Merge(WritingCommand):
             problems.append(
                 Problem(
                     place="--ratios",
-                    message=f"has {len(self.ratios)} numbers for {len(self.models)} networks",
+                    message=f"has {number(len(self.ratios), 'number')} for "
+                    f"{number(len(self.models), 'network')}",
                     remedy="give one for each network, in their order",
                 )
             )
@@ -90,7 +92,12 @@ class Merge(WritingCommand):
         return 0
 
     def _lora_problems(self, files: Sequence[NetworkFile]) -> Iterator[Problem]:
-        yield from no_plain_lora(files, has_base=False)
+        yield from no_plain_lora(
+            files,
+            has_base=False,
+            remedy="make a LoRA of it first (sdxl-train convert --new_rank N --sd_model FILE), or "
+            "merge into the base model with --sd_model",
+        )
         for file in files:
             others = {m.title for m in file.modules.values() if m.algorithm != "lora"}
             if others and self.new_rank is None:
@@ -126,7 +133,7 @@ class Merge(WritingCommand):
             if self.dry_run or self.verbose:
                 for name, parts in merge.places.items():
                     print(f"{name}: + {', '.join(part.module.title for part in parts)}")
-            print(f"{len(merge.places)} of {len(base.places)} tensors change")
+            print(f"{len(merge.places)} of {number(len(base.places), 'tensor')} change")
             if self.dry_run:
                 return
             bar: tqdm[Never]

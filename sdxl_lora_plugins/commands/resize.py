@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from sdxl_lora_plugins.commands.written import (
     WritingCommand,
     base_or_none,
+    labelled,
     most_rank,
     no_plain_lora,
+    number,
     progress,
     require,
     require_values,
@@ -115,7 +117,8 @@ class Resize(WritingCommand):
         elif is_file:
             yield Problem(
                 place="--save_to",
-                message=f"is one file for {len(paths)} networks and {len(recipes)} recipes",
+                message=f"is one file for {number(len(paths), 'network')} and "
+                f"{number(len(recipes), 'recipe')}",
                 remedy="name a folder",
             )
         elif not self.save_to.is_dir():
@@ -161,7 +164,7 @@ class Resize(WritingCommand):
         if self.dry_run and self.dynamic_method is None:
             for module in file.modules.values():
                 ranks = filter(None, (self._most(module.layer), most_rank(module)))
-                print(f"{module.name}: {module.title} of rank {module.rank} -> {min(ranks)}")
+                print(f"{module.name}: {labelled(module)} -> {min(ranks)}")
             return
         from sdxl_lora_plugins.commands.resize_run import decomposed
 
@@ -229,7 +232,7 @@ class Resize(WritingCommand):
         dtype = self.dtype_or(stored_dtype(file))
         self.write_lora(modules(), metadata, total=total, dtype=dtype, path=path)
         if gone:
-            print(f"{gone} layers are left out")
+            print(f"left out: {number(gone, 'layer')}")
 
     def _most(self, layer: Layer) -> int:
         """Give the most ranks of a layer."""

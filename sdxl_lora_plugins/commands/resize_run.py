@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdxl_lora_plugins.commands.written import labelled
 from sdxl_lora_plugins.files.deltas import delta
 from sdxl_lora_plugins.files.lowrank import Svd
 from sdxl_lora_plugins.files.plain import decompose, from_svd, weight_shape
@@ -37,15 +38,15 @@ class Whole:
 
     def cut(self, svd: Svd, rescale: float = 1.0) -> Cut:
         """Make a module of what stays of the decomposition."""
-        name, before = self.module.name, self.module.rank or len(self.svd.s)
+        name, before = self.module.name, labelled(self.module)
         if len(svd.s) == 0:
-            return Cut(name, None, f"{self.module.title} of rank {before} -> left out")
+            return Cut(name, None, f"{before} -> left out")
         share = float(svd.s.norm()) / self.norm if self.norm else 1.0
         scaled = Svd(svd.u, svd.s * rescale, svd.v)
         return Cut(
             name,
             from_svd(self.module.layer, self.shape, scaled),
-            f"{self.module.title} of rank {before} -> {len(svd.s)}, {share:.1%} of the norm",
+            f"{before} -> {len(svd.s)}, {share:.1%} of the norm",
         )
 
 

@@ -108,7 +108,8 @@ class WritingCommand(Command):
 
         facts = write_plain(path, told(), metadata, naming=naming, dtype=dtype)
         ranks = sorted({fact.rank for fact in facts})
-        print(f"wrote {path}: {len(facts)} layers of rank {ranks[0]} to {ranks[-1]}")
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        print(f"wrote {path}: {number(len(facts), 'layer')} of rank {span}")
         return facts
 
     def say(self, line: str) -> None:
@@ -126,6 +127,16 @@ def progress(
     from tqdm import tqdm
 
     return tqdm(items, total=total, desc=title, unit=unit, disable=None, leave=False)
+
+
+def number(count: int, noun: str) -> str:
+    """Give a number of things: ``1 layer``, ``2 layers``."""
+    return f"1 {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def labelled(module: StoredModule) -> str:
+    """Name a module's algorithm, and its rank if it has one: ``LoRA of rank 4``, ``LoKr``."""
+    return module.title if module.rank is None else f"{module.title} of rank {module.rank}"
 
 
 def require(problems: Sequence[Problem]) -> None:
@@ -185,8 +196,13 @@ def stored_dtype(file: NetworkFile) -> torch.dtype:
     return dtype if dtype.itemsize > 1 else torch.float16
 
 
-def no_plain_lora(files: Sequence[NetworkFile], *, has_base: bool) -> list[Problem]:
-    """Say why networks cannot become a plain LoRA."""
+def no_plain_lora(
+    files: Sequence[NetworkFile],
+    *,
+    has_base: bool,
+    remedy: str = "name the base model with --sd_model",
+) -> list[Problem]:
+    """Say why networks cannot become a plain LoRA; ``remedy`` where the base model is wanted."""
     from sdxl_lora_plugins.files.plain import impossible
     from sdxl_lora_plugins.model.headers import counted
 
@@ -194,7 +210,7 @@ def no_plain_lora(files: Sequence[NetworkFile], *, has_base: bool) -> list[Probl
         Problem(
             place=str(file.path),
             message=f"{reason}: {counted(names, 'layer')}",
-            remedy="" if has_base else "name the base model with --sd_model",
+            remedy="" if has_base else remedy,
         )
         for file in files
         for reason, names in impossible(file, has_base=has_base).items()

@@ -220,7 +220,7 @@ def test_lokr_becomes_a_lora_that_says_what_it_lost(
     lokr, out = tmp_path / "lokr.safetensors", tmp_path / "out.safetensors"
     save_file({f"{Q}.lokr_w1": w1, f"{Q}.lokr_w2": w2, f"{Q}.alpha": torch.tensor(1.0)}, lokr)
 
-    with pytest.raises(UserError, match="1 layers are LoKr"):
+    with pytest.raises(UserError, match="1 layer of LoKr"):
         Convert(model=lokr, save_to=out).run()
     Convert(model=lokr, save_to=out, new_rank=5).run()
 
@@ -230,7 +230,7 @@ def test_lokr_becomes_a_lora_that_says_what_it_lost(
     error = (delta(out, Q) - torch.kron(w1, w2)).norm()
     assert error == pytest.approx(float(values[5:].norm()), rel=1e-3)
     share = f"{float(values[:5].norm() / values.norm()):.1%}"
-    assert f"that were decomposed, {share} to {share} are kept" in capsys.readouterr().out
+    assert f"decomposed deltas keep {share} to {share} of their norms" in capsys.readouterr().out
 
 
 def with_values(path: Path, base: dict[str, Tensor], values: list[float]) -> Path:
@@ -300,7 +300,7 @@ def test_all_mistakes_are_told_and_nothing_is_written(first: Path, tmp_path: Pat
 
     text = str(caught.value)
     assert "is one of the inputs" in text
-    assert "has 1 numbers for 2 networks" in text
+    assert "has 1 number for 2 networks" in text
     assert "no.safetensors cannot be read" in text
 
 

@@ -26,6 +26,7 @@ MAY_CHANGE = frozenset(
         "train_data_dir",
         "reg_data_dir",
         "dataset_config",
+        "in_json",
         "config_file",
         "output_config",
         "output_dir",
@@ -49,6 +50,10 @@ MAY_CHANGE = frozenset(
         "save_state_every_n_epochs",
         "save_state_every_n_steps",
         "overwrite",
+        # What is refused before the start, and what only tells of the data.
+        "strict_captions",
+        "debug_dataset",
+        "cache_info",
         *MetadataOptions.model_fields,
         "strict_observers",
         "observer_timeout",
@@ -170,7 +175,13 @@ def dataset_digest(scan: Scan) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for dataset in scan.datasets:
         subsets = [
-            (subset.captions, subset.views, subset.resize_interpolation, subset.alpha_mask)
+            (
+                subset.captions,
+                subset.views,
+                subset.resize_interpolation,
+                subset.alpha_mask,
+                subset.preserves_output,
+            )
             for subset in dataset.config.subsets
         ]
         digest.update(repr((dataset.config.batch_size, subsets)).encode())

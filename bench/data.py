@@ -40,18 +40,26 @@ def main() -> None:
     parser.add_argument("--to_cache", type=int, default=64, help="images to encode")
     parser.add_argument("--steps", type=int, default=60, help="steps to train")
     parser.add_argument("--json", action="store_true", help="print one object")
+    parser.add_argument("--to_decode", type=int, default=500, help="images to scan for training")
+    parser.add_argument("--only", choices=("scan", "caching", "waiting"), help="measure only this")
     parser.add_argument("--scan_once", nargs=2, metavar=("FOLDER", "HOME"), help=argparse.SUPPRESS)
+    parser.add_argument("--decode", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.scan_once:
-        print(json.dumps(scan_once(*map(Path, options.scan_once))))
+        folder, home = map(Path, options.scan_once)
+        print(json.dumps(scan_once(folder, home, decode=options.decode)))
         return
     with tempfile.TemporaryDirectory(prefix="sdxl-train-bench-") as name:
         folder = Path(name)
-        figures = {
-            "scan": measure_scan(folder / "many", options.images),
-            "caching": measure_caching(folder / "few", options.to_cache),
-            "waiting": measure_waiting(folder / "train", options.steps),
+        works: dict[str, Callable[[], dict[str, float]]] = {
+            "scan": lambda: {
+                **measure_scan(folder / "many", options.images),
+                **measure_scan(folder / "decoded", options.to_decode, "--decode"),
+            },
+            "caching": lambda: measure_caching(folder / "few", options.to_cache),
+            "waiting": lambda: measure_waiting(folder / "train", options.steps),
         }
+        figures = {title: work() for title, work in works.items() if options.only in (None, title)}
     if options.json:
         print(json.dumps(figures, indent=2))
         return
@@ -64,14 +72,19 @@ def main() -> None:
 # ----------------------------------------------------------------------------------------- scan
 
 
-def measure_scan(folder: Path, count: int) -> dict[str, float]:
-    """Scan a folder of images with captions twice, each time in a process of its own."""
+def measure_scan(folder: Path, count: int, *flags: str) -> dict[str, float]:
+    """Scan a folder of images with captions twice, each time in a process of its own.
+
+    With ``--decode`` as a training starts, which decodes each image that it never saw; else as
+    ``plan`` does, which reads heads only.
+    """
     write_images(folder, 50, count)
-    home = folder / "home"
+    home = str(folder / "home")
+    title = "training" if flags else "plan"
     first, second = (
         json.loads(
             subprocess.run(
-                [sys.executable, __file__, "--scan_once", str(folder / "images"), str(home)],
+                [sys.executable, __file__, "--scan_once", str(folder / "images"), home, *flags],
                 check=True,
                 capture_output=True,
                 text=True,
@@ -80,19 +93,18 @@ def measure_scan(folder: Path, count: int) -> dict[str, float]:
         for _ in range(2)
     )
     return {
-        "images": count,
-        "first start, s": first["seconds"],
-        "first start, s of CPU": first["cpu"],
-        "second start, s": second["seconds"],
-        "second start, s of CPU": second["cpu"],
-        "first / second": first["seconds"] / second["seconds"],
-        "first / second, of CPU": first["cpu"] / second["cpu"],
-        "first start, KB of memory for each image": first["kilobytes"] / count,
-        "second start, KB of memory for each image": second["kilobytes"] / count,
+        f"{title}: images": count,
+        f"{title}: first start, s": first["seconds"],
+        f"{title}: first start, s of CPU": first["cpu"],
+        f"{title}: second start, s": second["seconds"],
+        f"{title}: second start, s of CPU": second["cpu"],
+        f"{title}: first / second": first["seconds"] / second["seconds"],
+        f"{title}: first / second, of CPU": first["cpu"] / second["cpu"],
+        f"{title}: memory, KB for each image": second["kilobytes"] / count,
     }
 
 
-def scan_once(folder: Path, home: Path) -> dict[str, float]:
+def scan_once(folder: Path, home: Path, *, decode: bool) -> dict[str, float]:
     """Scan a folder, and give the seconds, the processor's seconds and the growth of memory."""
     from sdxl_train.data.scan_index import ScanIndex
 
@@ -100,7 +112,7 @@ def scan_once(folder: Path, home: Path) -> dict[str, float]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, computed = time.perf_counter(), time.process_time()
     index = ScanIndex(home)
-    found = scan_of(folder, index)
+    found = scan_of(folder, index, decode=decode)
     index.save()
     assert found.datasets[0].images
     return {
@@ -110,7 +122,7 @@ def scan_once(folder: Path, home: Path) -> dict[str, float]:
     }
 
 
-def scan_of(folder: Path, index: Any, resolution: int = 1024) -> Scan:
+def scan_of(folder: Path, index: Any, resolution: int = 1024, *, decode: bool = False) -> Scan:
     """Scan a folder at the usual settings."""
     from sdxl_train.data.dataset_config import resolve_datasets
     from sdxl_train.data.dataset_options import DatasetOptions
@@ -123,7 +135,7 @@ def scan_of(folder: Path, index: Any, resolution: int = 1024) -> Scan:
     )
     datasets, problems, _ = resolve_datasets(options, str)
     assert not problems, problems
-    return scan(datasets, bucket_multiple=32, place=str, index=index)
+    return scan(datasets, bucket_multiple=32, place=str, index=index, decode=decode)
 
 
 def write_images(parent: Path, kinds: int, count: int, name: str = "images") -> None:

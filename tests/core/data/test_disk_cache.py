@@ -149,6 +149,27 @@ def test_what_else_shapes_the_latents_gives_the_reason(look: Callable[..., Scan]
     assert open_store(look()).report() == "latents on disk: 3 reused"  # those of before remain
 
 
+def test_an_edited_mask_and_another_way_to_resize_rebuild_what_they_touch(
+    look: Callable[..., Scan], folder: Path, make_image: MakeImage
+) -> None:
+    masks = folder.parent.parent / "masks"
+    for number in range(NUM_IMAGES):
+        make_image(masks / f"{number}.png")
+    masked = {"conditioning_data_dir": masks, "masked_loss": True}
+    fill(look(**masked), open_store(look(**masked)))
+
+    Image.new("L", (64, 64), 40).save(masks / "2.png")
+    found = look(**masked)
+    store = open_store(found)
+    assert store.report() == "latents on disk: 1 rebuilt (the mask changed), 2 reused"
+    fill(found, store)
+    mask = store.get((0, 2, False))["mask"]
+    assert torch.allclose(mask, torch.full_like(mask, 40 / 255))
+    assert open_store(look()).report() == "latents on disk: 3 rebuilt (the mask changed)"
+    nearest = open_store(look(**masked, resize_interpolation="nearest"))
+    assert nearest.report() == "latents on disk: 3 rebuilt (the interpolation changed)"
+
+
 def test_mirrored_latents_are_entries_of_their_own(look: Callable[..., Scan]) -> None:
     fill(look(), open_store(look()))
 

@@ -13,7 +13,7 @@ TIMESTEPS = torch.tensor([5])
 
 
 def loss(error: torch.Tensor, **options: float) -> torch.Tensor:
-    function = WaveletLoss(**options).build(NoiseSchedule.scaled_linear())  # type: ignore[arg-type]
+    function = WaveletLoss(**options).build(NoiseSchedule.scaled_linear())
     return function(error, torch.zeros_like(error), TIMESTEPS)
 
 

@@ -36,7 +36,7 @@ def plan(options: Mapping[str, Any] | Path | str, *, components: Iterable[Compon
     """
     from sdxl_train.planning import make_plan
 
-    return make_plan(_prepared(options, components, {}, decode=False))
+    return make_plan(_prepared(options, components, {}, start=False))
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
     from sdxl_train.planning import make_plan
     from sdxl_train.run import execute
 
-    prepared = _prepared(options, components, events or {}, decode=True)
+    prepared = _prepared(options, components, events or {}, start=True)
     if prepared.config.dataset.debug_dataset:
         raise UserError.of(
             prepared.config.place("debug_dataset"),
@@ -80,7 +80,7 @@ def _prepared(
     components: Iterable[Component],
     events: Mapping[str, Callable[..., object]],
     *,
-    decode: bool,
+    start: bool,
 ) -> Prepared:
     from sdxl_train.objects import plugin_of, settings_of
     from sdxl_train.preflight import prepare
@@ -89,7 +89,7 @@ def _prepared(
     host = PluginHost()
     if components or events:
         host.add(plugin_of(components, events))
-    return prepare(settings_of(components, _settings(options)), host, decode=decode)
+    return prepare(settings_of(components, _settings(options)), host, start=start)
 
 
 def _settings(options: Mapping[str, Any] | Path | str) -> dict[str, Setting]:

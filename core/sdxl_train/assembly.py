@@ -85,9 +85,34 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
             "check its options and the learning rates",
         )
     _require_one_rate(config, groups)
+    stuck = [p for group in groups for p in group["params"] if not (p.is_leaf and p.requires_grad)]
+    if stuck:
+        raise UserError.of(
+            config.place("network_module"),
+            f"{len(stuck)} parameters of {config.name_of('network')} cannot be trained: they are "
+            f"computed from others, or require no gradient",
+            "tell its author: Adapter.groups() gives leaf tensors that require a gradient",
+        )
     return Assembly(
         model=model, adapter=adapter, groups=groups, parts=_count(model, adapter, declared)
     )
+
+
+def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Build the optimizer of a run.
+
+    Raises:
+        UserError: If the component gives something else.
+    """
+    optimizer: object = config.optimizer.build(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError.of(
+            config.place("optimizer_type"),
+            f"{config.name_of('optimizer')} gave a {type(optimizer).__name__}, expected a "
+            f"torch.optim.Optimizer",
+            "tell its author",
+        )
+    return optimizer
 
 
 def _require_one_rate(config: RunConfig, groups: Sequence[dict[str, Any]]) -> None:

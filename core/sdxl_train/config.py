@@ -124,6 +124,9 @@ class TrainingOptions(OptionModel):
     reset_optimizer: bool = Field(
         False, description="With --resume: take the weights only, start the optimizer afresh."
     )
+    drop_plugin_state: bool = Field(
+        False, description="With --resume: do without the observers that kept something in it."
+    )
     allow_base_change: bool = Field(
         False, description="With --resume: go on with another base model than the state's."
     )

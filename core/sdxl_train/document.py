@@ -37,7 +37,8 @@ def write_document(document: Mapping[str, Any]) -> bytes:
         f"{json.dumps(name)}: {_part(name, value)}".replace("\n", "\n  ")
         for name, value in document.items()
     ]
-    return ("{\n  " + ",\n  ".join(parts) + "\n}\n").encode()
+    # Names of files that are no UTF-8 hold lone surrogates, which stay as JSON's escapes.
+    return ("{\n  " + ",\n  ".join(parts) + "\n}\n").encode(errors="backslashreplace")
 
 
 def _part(name: str, value: object) -> str:

@@ -6,16 +6,17 @@ import difflib
 import logging
 from contextlib import contextmanager
 from functools import wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sdxl_train.blame import blame
 from sdxl_train.errors import SdxlTrainError
 from sdxl_train.hookspecs import EVENTS, hookimpl
 from sdxl_train.loading import Implementations, signature_fault
+from sdxl_train.packing import pack
 from sdxl_train.signals import TimeIsUp, time_limit
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
     from pluggy import PluginManager
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
     from sdxl_train.plugins import LoadedPlugin
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class KeepsState(Protocol):
+    """What an observer's object has beside if a resumed run is to give it back what it knew."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Give what to keep: numbers, texts and tensors, in nested dicts, lists and tuples."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
 
 
 class Events:
@@ -53,6 +65,7 @@ class Events:
         self.failures: dict[str, str] = {}
         self._observers: list[str] = []
         self._unlimited: set[str] = set()
+        self._keeping: dict[str, KeepsState] = {}
 
     def add_observer(self, name: str, observer: object, *, unlimited: bool = False) -> None:
         """Register the object that an Observer component built.
@@ -76,37 +89,69 @@ class Events:
         self._observers.append(f"observer {name}")
         if unlimited:
             self._unlimited.add(f"observer {name}")
+        if isinstance(observer, KeepsState):
+            self._keeping[name] = observer
         self.manager.register(implementations, name=f"observer {name}")
 
-    def tell(self, event: str, **arguments: Any) -> None:
+    def tell(self, event: str, *, keepers: bool | None = None, **arguments: Any) -> None:
         """Call every implementation of an event: those of plugins first, then the observers.
 
         Within each, the order is that of enabling and of adding.
+
+        Args:
+            event: Its name.
+            keepers: Call only those that keep something in states, or only the others.
+            arguments: What the event offers.
         """
         for impl in () if self.silent else getattr(self.manager.hook, event).get_hookimpls():
-            if impl.plugin_name in self.failures:
+            keeps = impl.plugin_name.removeprefix("observer ") in self._keeping
+            if impl.plugin_name in self.failures or keepers not in (None, keeps):
                 continue
-            limit = 0 if impl.plugin_name in self._unlimited else self.timeout
-            try:
-                with kept_process_state(impl.plugin_name), time_limit(limit):
-                    impl.function(*(arguments[name] for name in impl.argnames))
-            except (Exception, SystemExit, TimeIsUp) as error:
-                # Whatever an observer does, the weights and the run's end are not its business.
-                blame(error, self.plugins)
-                # A run that has failed already ends with its own error.
-                if self.strict and arguments.get("error") is None:
-                    raise
-                text = f"{type(error).__name__}: {error}"
-                if isinstance(error, TimeIsUp):
-                    text = f"it took more than --observer_timeout {limit:g} seconds"
-                self.failures[impl.plugin_name] = f"{event}: {text}"
-                logger.warning(
-                    "%s failed in %s and is left out from here on: %s",
-                    impl.plugin_name,
-                    event,
-                    "; ".join([text, *_notes(error)]),
-                    exc_info=logger.isEnabledFor(logging.DEBUG),
-                )
+            with self._isolated(impl.plugin_name, event, run_failed=bool(arguments.get("error"))):
+                impl.function(*(arguments[name] for name in impl.argnames))
+
+    def states(self) -> dict[str, Mapping[str, Any]]:
+        """Give what observers keep in the states of the run, by their names."""
+        kept: dict[str, Mapping[str, Any]] = {}
+        for name, observer in self._keeping.items():
+            if f"observer {name}" not in self.failures:
+                with self._isolated(f"observer {name}", "state_dict"):
+                    state = observer.state_dict()
+                    pack(state, {}, "state")  # or the whole state of the run could not be saved
+                    kept[name] = state
+        return kept
+
+    def restore(self, kept: Mapping[str, Mapping[str, Any]]) -> None:
+        """Give observers back what they kept."""
+        for name, observer in self._keeping.items():
+            if name in kept:
+                with self._isolated(f"observer {name}", "load_state_dict"):
+                    observer.load_state_dict(kept[name])
+
+    @contextmanager
+    def _isolated(self, name: str, what: str, *, run_failed: bool = False) -> Iterator[None]:
+        """Keep what goes wrong in a call of an observer from the run, but for strict ones."""
+        limit = 0 if name in self._unlimited else self.timeout
+        try:
+            with kept_process_state(name), time_limit(limit):
+                yield
+        except (Exception, SystemExit, TimeIsUp) as error:
+            # Whatever an observer does, the weights and the run's end are not its business.
+            blame(error, self.plugins)
+            # A run that has failed already ends with its own error.
+            if self.strict and not run_failed:
+                raise
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, TimeIsUp):
+                text = f"it took more than --observer_timeout {limit:g} seconds"
+            self.failures[name] = f"{what}: {text}"
+            logger.warning(
+                "%s failed in %s and is left out from here on: %s",
+                name,
+                what,
+                "; ".join([text, *_notes(error)]),
+                exc_info=logger.isEnabledFor(logging.DEBUG),
+            )
 
     def close(self) -> None:
         """Take the observers of this run off the manager."""

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def expanded(path: Path) -> Path:
+    """Put in environment variables and the home folder."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a name of its own, then give it its name.
 

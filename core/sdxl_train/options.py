@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
-import os
+import re
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from sdxl_train.components import KINDS, OptionModel
 from sdxl_train.errors import Problem
+from sdxl_train.files import expanded
 from sdxl_train.wording import branches, choices, describe, nearest, suggestion
 
 if TYPE_CHECKING:
@@ -267,7 +268,11 @@ class Option:
             if self.is_nullable:
                 return None
             raise ValueError("is empty, expected a path")
-        return Path(os.path.expandvars(path)).expanduser()
+        full = expanded(path)
+        unset = _VARIABLE.search(str(full))
+        if unset and not full.exists():
+            raise ValueError(f"'{path}' names the variable {unset[0]}, which is not set")
+        return full
 
     def _complaint(self, value: object, error: ValidationError) -> str:
         if self.is_secret:
@@ -399,6 +404,8 @@ def parse_pairs(
 
 
 _NO_LITERAL = object()
+_VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
+"""A variable of the environment that is left in a path: it has no value."""
 
 
 def _literal(word: str) -> object:

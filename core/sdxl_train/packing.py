@@ -56,6 +56,7 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Raises:
         KeyError: If a tensor is missing.
+        ValueError: If a type is none.
     """
     import torch
 
@@ -69,7 +70,10 @@ def unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
             return tensor
         return tensor.permute([value[_ORDER].index(dim) for dim in range(tensor.ndim)])
     if _DTYPE in value:
-        return getattr(torch, value[_DTYPE])
+        dtype = getattr(torch, value[_DTYPE], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{value[_DTYPE]} is no type of tensors")
+        return dtype
     if _TUPLE in value:
         return tuple(unpack(item, tensors) for item in value[_TUPLE])
     if _PAIRS in value:

@@ -6,7 +6,13 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from sdxl_train.assembly import SAVED_DTYPES, WEIGHT_DTYPES, assemble, saved_precision
+from sdxl_train.assembly import (
+    SAVED_DTYPES,
+    WEIGHT_DTYPES,
+    assemble,
+    build_optimizer,
+    saved_precision,
+)
 from sdxl_train.checkpoint import FOLDER_FORMATS, kept
 from sdxl_train.counts import SavePoint
 from sdxl_train.data.lengths import CaptionLengths
@@ -132,7 +138,7 @@ def _try_components(prepared: Prepared, assembly: Assembly) -> None:
         partial(config.loss.build, schedule),
         *(partial(noise.build, schedule) for noise in config.noises),
         *(partial(weighting.build, schedule) for weighting in config.weightings),
-        lambda: config.build_schedule(config.optimizer.build(groups), prepared.counts.step_plan),
+        lambda: config.build_schedule(build_optimizer(config, groups), prepared.counts.step_plan),
     ]
     if config.output.save_model_as in FOLDER_FORMATS:
         builds.append(partial(_try_format, config, assembly))

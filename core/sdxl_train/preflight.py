@@ -16,6 +16,7 @@ from sdxl_train.data.sources import scan
 from sdxl_train.earlier import files_of_earlier_run
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.launch import launched
+from sdxl_train.machine import machine_problems
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
 from sdxl_train.resolve import Resolver
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from sdxl_train.data.sources import Scan
     from sdxl_train.options import Setting
     from sdxl_train.resolve import Resolution
+
+
+LONGEST_NAME = 200
+"""Bytes of a run's name. File systems allow 255; steps, endings and temporary names come on top."""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +65,7 @@ def prepare(
     settings: Mapping[str, Setting],
     host: PluginHost | None = None,
     *,
-    decode: bool = True,
+    start: bool = True,
     processes: int | None = None,
 ) -> Prepared:
     """Check everything that can be checked without weights.
@@ -68,8 +73,9 @@ def prepare(
     Args:
         settings: What the user gave.
         host: The plugins.
-        decode: Decode each image that never was: its head does not tell every damage. With
-            ``on_bad_image`` as ``skip`` that is always done, for the plan depends on it.
+        start: The run is to start now, on this machine. So the machine must have what the run
+            needs, and each image that never was is decoded: its head does not tell every damage.
+            With ``on_bad_image`` as ``skip`` that is always done, for the plan depends on it.
         processes: How many train together. Default: as many as were launched.
 
     Raises:
@@ -79,7 +85,7 @@ def prepare(
     processes = processes or launched().count
     resolution = Resolver(settings, host, Registry(host)).resolve()
     problems, warnings = list(resolution.problems), list(resolution.notices)
-    scanned = _scan(resolution, problems, warnings, decode=decode)
+    scanned = _scan(resolution, problems, warnings, decode=start)
     config = resolution.config
     if config is not None:
         for component in config.components:
@@ -88,6 +94,10 @@ def prepare(
         problems.extend(config.metadata.check(config))
         problems.extend(_cross_checks(config))
         problems.extend(_process_problems(config, processes))
+        if start:
+            problems.extend(machine_problems(config))
+        else:
+            warnings.extend(f"not on this machine: {item}" for item in machine_problems(config))
         warnings.extend(_remarks(config))
         if scanned is not None:
             warnings.extend(_idle_validation(config, scanned))
@@ -96,7 +106,7 @@ def prepare(
     # Other processes go on from where the main one does; they may not even see its files.
     leads = launched().main
     resume = _resume_point(config, scanned, problems) if config and scanned and leads else None
-    if problems or config is None or scanned is None:
+    if config is None or scanned is None or scanned.problems or not scanned.datasets:
         raise UserError(problems)
     seed = resume.manifest.seed if resume else config.training.seed
     if seed is None:
@@ -108,17 +118,21 @@ def prepare(
         decay=config.scheduler.decay(),
     )
     if counts.warmup > counts.total:
-        raise UserError.of(
-            config.place("lr_warmup_steps"),
-            f"{counts.warmup} warm-up steps in a run of {counts.total} steps",
-            "shorten the warm-up or train longer",
+        problems.append(
+            Problem(
+                place=config.place("lr_warmup_steps"),
+                message=f"{counts.warmup} warm-up steps in a run of {counts.total} steps",
+                remedy="shorten the warm-up or train longer",
+            )
         )
-    start = _start(config, counts, resume)
     data_configs = (dataset.config for dataset in scanned.datasets)
     warnings.extend(warmup_remarks(data_configs, counts.total))
+    steps_done = _steps_done(config, counts, resume, problems)
+    if problems:
+        raise UserError(problems)
     return Prepared(
         config=config,
-        start=start,
+        start=steps_done,
         host=host,
         scan=scanned,
         batches=BatchPlan(
@@ -138,12 +152,10 @@ def prepare(
     )
 
 
-def _start(config: RunConfig, counts: StepCounts, resume: ResumePoint | None) -> int:
-    """Give the steps that count as done: as the options say, else as many as the state has.
-
-    Raises:
-        UserError: If that leaves nothing to train.
-    """
+def _steps_done(
+    config: RunConfig, counts: StepCounts, resume: ResumePoint | None, problems: list[Problem]
+) -> int:
+    """Give the steps that count as done: as the options say, else as many as the state has."""
     training = config.training
     if training.initial_step is not None:
         option, start = "initial_step", training.initial_step
@@ -152,10 +164,14 @@ def _start(config: RunConfig, counts: StepCounts, resume: ResumePoint | None) ->
     else:
         return resume.manifest.step if resume else 0
     if start >= counts.total:
-        raise UserError.of(
-            config.place(option),
-            f"begins behind step {start} of a run of {counts.total} steps: nothing is left",
-            "begin earlier, or raise --max_train_steps or --max_train_epochs, which are totals",
+        problems.append(
+            Problem(
+                place=config.place(option),
+                message=f"begins behind step {start} of a run of {counts.total} steps: nothing "
+                f"is left",
+                remedy="begin earlier, or raise --max_train_steps or --max_train_epochs, which "
+                "are totals",
+            )
         )
     return start
 
@@ -217,11 +233,18 @@ def _cross_checks(config: RunConfig) -> Iterator[Problem]:
             remedy="name another folder, or change its permissions",
         )
     name = config.output.output_name
-    if name is not None and (not name or "/" in name or "\\" in name):
+    if name is not None and (not name or "/" in name or "\\" in name or not name.isprintable()):
         yield Problem(
             place=config.place("output_name"),
             message=f"{name!r} is not a file name",
             remedy="put the folder in --output_dir",
+        )
+    elif name is not None and len(name.encode()) > LONGEST_NAME:
+        yield Problem(
+            place=config.place("output_name"),
+            message=f"has {len(name.encode())} bytes; the names of files made of it would be too "
+            f"long",
+            remedy=f"use at most {LONGEST_NAME} bytes",
         )
     yield from _precision_problems(config)
     yield from _fusion_problems(config)
@@ -338,8 +361,9 @@ def _remarks(config: RunConfig) -> Iterator[str]:
         yield "the step count of the state is ignored: --initial_step or --initial_epoch is set"
     if training.skip_until_initial_step and not begins and training.resume is None:
         yield "--skip_until_initial_step has no effect: there is no --initial_step or --resume"
-    if training.reset_optimizer and training.resume is None:
-        yield "--reset_optimizer has no effect without --resume"
+    for name in ("reset_optimizer", "allow_base_change", "drop_plugin_state"):
+        if getattr(training, name) and training.resume is None:
+            yield f"{config.place(name)} has no effect without --resume"
     earlier = files_of_earlier_run(config.output) if training.resume is None else []
     if earlier:
         fate = "are removed" if config.output.overwrite else "are moved into a folder of their own"

@@ -97,6 +97,10 @@ class Ranks:
         """Say from now on in roll calls what is signalled to this process."""
         self._signals = signals
 
+    def stopping(self) -> bool:
+        """Tell whether this process was asked to stop; the others may learn of it later."""
+        return self._signals is not None and self._signals.received is not None
+
     def heard(self) -> tuple[signal.Signals | None, bool]:
         """Give the signal that ends the run, if any, and whether a save was asked for."""
         signals = self._signals

@@ -73,7 +73,9 @@ class RunRecord:
                 for name, text in values.items()
                 if name in MINIMAL_KEYS or name.startswith("modelspec.")
             }
-        return {**values, **self._modelspec()}
+        values |= self._modelspec()
+        # Names of files that are no UTF-8 hold lone surrogates, which no header can.
+        return {n: text.encode(errors="backslashreplace").decode() for n, text in values.items()}
 
     def _training(self) -> dict[str, Any]:
         """Give the options in use under sd-scripts' names; what a run lacks reads ``None``."""

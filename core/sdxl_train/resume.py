@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.metadata_options import MetadataOptions
-from sdxl_train.state import Manifest, complete_states, read_manifest
+from sdxl_train.state import Manifest, complete_states, read_manifest, states_nearby
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -69,6 +69,7 @@ MAY_CHANGE = frozenset(
         "skip_until_initial_step",
         "reset_optimizer",
         "allow_base_change",
+        "drop_plugin_state",
         "device",
         # How the same batches come about.
         "on_bad_image",
@@ -121,7 +122,9 @@ def find_resume_point(config: RunConfig) -> ResumePoint | None:
     else:
         folder = Path(named).expanduser()
         if not folder.is_dir():
-            raise UserError.of(config.place("resume"), f"there is no folder {folder}")
+            fault = "is a file, no state's folder" if folder.exists() else "does not exist"
+            message = f"{folder} {fault}"
+            raise UserError.of(config.place("resume"), message, states_nearby(folder))
     return ResumePoint(folder=folder, manifest=read_manifest(folder))
 
 
@@ -157,6 +160,21 @@ def differences(point: ResumePoint, config: RunConfig, scan: Scan) -> Iterator[P
                 f"in {point.folder}",
                 remedy="install and name the version that saved the state",
             )
+    yield from _absent_observers(point, config)
+
+
+def _absent_observers(point: ResumePoint, config: RunConfig) -> Iterator[Problem]:
+    """Yield which observers kept something in the state and do not take part now."""
+    if config.training.drop_plugin_state:
+        return
+    present = {entry.qualified for entry in config.entries if entry.kind.name == "observer"}
+    for name in point.manifest.observers:
+        if name not in present:
+            yield Problem(
+                place=config.place("resume"),
+                message=f"observer {name} kept something in {point.folder}, and is not in use now",
+                remedy=f"add --observer {name}, or go on without it by --drop_plugin_state",
+            )
 
 
 def shaping_options(config: RunConfig) -> dict[str, Any]:
@@ -189,7 +207,7 @@ def dataset_digest(scan: Scan) -> str:
             facts = (image.key, image.size, image.caption, image.repeats, image.is_reg, image.fit)
             digest.update(repr(facts).encode())
             if image.mask is not None:
-                digest.update(image.mask.name.encode())
+                digest.update(image.mask.name.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def derive_seed(seed: int, *names: object) -> int:
     """Derive an independent seed in [0, 2**63) from a seed and any names, by hashing."""
     text = "\x1f".join(str(name) for name in (seed, *names))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    # Names of files may be no UTF-8.
+    data = text.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 class Streams:

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sdxl_train.accelerator import make_accelerator
-from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble
+from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble, build_optimizer
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
+from sdxl_train.checked import checked_loss, checked_noise, checked_timesteps, checked_weights
 from sdxl_train.checkpoint import write_atomically
 from sdxl_train.components import LimitedAdapter, WeightAverage
 from sdxl_train.counts import SavePoint, with_state
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.checkpoint import Checkpoint
+    from sdxl_train.components import NoiseTransform
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.data.batches import Batch
@@ -100,6 +102,7 @@ class Run:
             ``run.tell("images_sampled", run=run, images=...)``.
         evaluation: Gives a context in which training stands still, for who uses the model beside
             it: ``with run.evaluation(): ...``. See :meth:`.Evaluation.pause`.
+        stopping: Tells whether a signal asked the run to stop: long work may leave the rest out.
     """
 
     config: RunConfig
@@ -116,6 +119,7 @@ class Run:
     document: Callable[[], dict[str, Any]]
     tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
+    stopping: Callable[[], bool]
 
 
 @dataclass(kw_only=True)
@@ -254,7 +258,7 @@ class Trainer:
         self.model = self.assembly.model
         encoders = {id(encoder) for encoder in self.model.text_encoders}
         trains_text = any(id(part.module) in encoders for part in self.model.parts)
-        optimizer = config.optimizer.build(self.assembly.groups)
+        optimizer = build_optimizer(config, self.assembly.groups)
         if config.optimizer.train_eval_modes:
             optimizer.train()  # type: ignore[attr-defined]
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -296,6 +300,7 @@ class Trainer:
             document=self.document,
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
+            stopping=ranks.stopping,
         )
         self.saver = Saver(
             prepared,
@@ -310,13 +315,13 @@ class Trainer:
         )
         self.averages: dict[str, WeightAverage] = {}
         self._restored_averages: Mapping[str, Mapping[str, Any]] = {}
-        if prepared.resume is not None:
-            self._restore(prepared.resume)
+        kept = self._restore(prepared.resume) if prepared.resume is not None else {}
         ranks.require_same(self._facts())
         self.result.steps = prepared.start
         self.wide_steps = self._keep_narrow(optimizer)
         self.change = ChangeCheck(self.assembly.parameters)
         self.events = self._build_events()
+        self.events.restore(kept)
         self.supply = Supply(
             prepared,
             self.model,
@@ -367,8 +372,10 @@ class Trainer:
             points = self.prepared.saves.due(last.step)
             if stopped or asked_to_save:
                 points = with_state(points, last.step)
+            # A state holds what its observers knew after the step; the others can wait for it.
+            self.events.tell("step_finished", keepers=True, run=self.run, step=last)
             self._save(points, last)
-            self.events.tell("step_finished", run=self.run, step=last)
+            self.events.tell("step_finished", keepers=False, run=self.run, step=last)
             if self.pace.is_due():
                 self._write_record()
             if signalled is not None and stopped:
@@ -499,7 +506,8 @@ class Trainer:
         output = self.config.output
         return output.output_dir / f"{output.output_name or 'last'}.run.json"
 
-    def _restore(self, point: ResumePoint) -> None:
+    def _restore(self, point: ResumePoint) -> Mapping[str, Mapping[str, Any]]:
+        """Put back what the run knew, and give what its observers kept."""
         model = model_identity(self.record.described)
         same = model == point.manifest.model or self.config.training.allow_base_change
         if self.ranks.main and not same:
@@ -510,12 +518,14 @@ class Trainer:
             )
         self.saver.restore(point)
         if self.config.training.reset_optimizer:
-            return  # the weights only: the rest may be what is corrupt
+            return {}  # the weights only: the rest may be what is corrupt
         watched = load_observers(point.folder)
         self.history.load_state_dict(watched["history"])
         self._restored_averages = watched.get("averages", {})
         results = watched["validations"]["results"]
         self.result.validations = [ValidationResult.from_json(result) for result in results]
+        kept: Mapping[str, Mapping[str, Any]] = watched["observers"]
+        return kept
 
     def _watched(self) -> dict[str, dict[str, Any]]:
         """Give what a state keeps of what was seen so far."""
@@ -528,6 +538,7 @@ class Trainer:
             "history": self.history.state_dict(),
             "validations": {"results": results},
             "averages": averages,
+            "observers": self.events.states(),
         }
 
     def _average_after(self, step: int) -> Sequence[Tensor] | None:
@@ -543,18 +554,34 @@ class Trainer:
     def _build_step(self, device: torch.device) -> Step:
         config, model, adapter = self.config, self.model, self.assembly.adapter
         schedule = model.schedule
+        pairs = zip(config.entries, config.components, strict=True)
+        names = {
+            id(component): f"{entry.kind.name} {entry.qualified}" for entry, component in pairs
+        }
+
+        def noises(phase: str) -> list[NoiseTransform]:
+            chosen = [noise for noise in config.noises if noise.phase == phase]
+            return [checked_noise(names[id(noise)], noise.build(schedule)) for noise in chosen]
+
         return Step(
-            timesteps=config.timesteps.build(schedule),
-            target_noises=[n.build(schedule) for n in config.noises if n.phase == "target"],
-            input_noises=[n.build(schedule) for n in config.noises if n.phase == "input"],
+            timesteps=checked_timesteps(
+                names[id(config.timesteps)],
+                config.timesteps.build(schedule),
+                schedule.num_timesteps,
+            ),
+            target_noises=noises("target"),
+            input_noises=noises("input"),
             add_noise=schedule.add_noise,
             condition=self._condition,
             prepare_step=adapter.prepare_step,
             predict=model.predict,
             target=model.target,
             without_network=self._without_network,
-            loss=config.loss.build(schedule),
-            weightings=[weighting.build(schedule) for weighting in config.weightings],
+            loss=checked_loss(names[id(config.loss)], config.loss.build(schedule)),
+            weightings=[
+                checked_weights(names[id(weighting)], weighting.build(schedule))
+                for weighting in config.weightings
+            ],
             streams=Streams(self.prepared.seed, device),
             autocast=self.accelerator.autocast,
             backward=self.accelerator.backward,

@@ -6,7 +6,7 @@ import logging
 import shutil
 import warnings
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxl_train.assembly import SAVED_DTYPES, saved_precision
 from sdxl_train.checkpoint import (
@@ -193,6 +193,7 @@ class Saver:
 
     def _save_state(self, folder: Path, step: int) -> None:
         config, prepared = self.prepared.config, self.prepared
+        watched = self.watched()
         manifest = Manifest(
             step=step,
             total=prepared.counts.total,
@@ -201,6 +202,7 @@ class Saver:
             dataset=self._dataset,
             model=model_identity(self.record.described),
             plugins={plugin.name: plugin.version for plugin in config.plugins},
+            observers=tuple(watched["observers"]),
         )
         save_state(
             folder,
@@ -209,7 +211,7 @@ class Saver:
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             scaler=self.scaler,
-            observers=self.watched(),
+            observers=watched,
         )
         self.state_at = step
         logger.info("saved %s", folder)

@@ -6,17 +6,60 @@ import logging
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from types import FrameType, TracebackType
 
 logger = logging.getLogger(__name__)
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _SAVE: tuple[signal.Signals, ...] = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+
+
+class Terminated(BaseException):
+    """SIGTERM at a time when nothing is there to be saved."""
+
+
+@contextmanager
+def early_signals() -> Iterator[None]:
+    """Until training listens: SIGTERM ends the process as Ctrl-C does, SIGUSR1 has nothing to save.
+
+    Raises:
+        Terminated: Where SIGTERM arrives.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    def decline(number: int, frame: FrameType | None) -> None:
+        logger.info("%s: nothing to save yet", signal.Signals(number).name)
+
+    with _handlers({signal.SIGTERM: end, **dict.fromkeys(_SAVE, decline)}):
+        yield
+
+
+def leave_to_parent(worker: int) -> None:
+    """Have a worker process pass over what a terminal sends to all: its parent ends it in time."""
+    for number in (signal.SIGINT, *_SAVE):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _handlers(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Set handlers in the main thread, which alone hears signals, and give back what was there."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class RunSignals:
@@ -34,15 +77,12 @@ class RunSignals:
         self._first = 0.0
         self.received: signal.Signals | None = None
         self._save = False
-        self._previous: dict[signal.Signals, Any] = {}
+        self._listening = ExitStack()
 
     def __enter__(self) -> RunSignals:
         """Start listening."""
-        if threading.current_thread() is threading.main_thread():
-            for number in _STOP:
-                self._previous[number] = signal.signal(number, self._stop)
-            for number in _SAVE:
-                self._previous[number] = signal.signal(number, self._ask_to_save)
+        handlers = dict.fromkeys(_STOP, self._stop) | dict.fromkeys(_SAVE, self._ask_to_save)
+        self._listening.enter_context(_handlers(handlers))
         return self
 
     def __exit__(
@@ -52,8 +92,7 @@ class RunSignals:
         trace: TracebackType | None,
     ) -> None:
         """Give the handlers back as they were."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._listening.close()
 
     def take_save_request(self) -> bool:
         """Tell whether a save was asked for since the last time."""

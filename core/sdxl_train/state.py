@@ -12,9 +12,12 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping, Sequence  # noqa: TC003 - pydantic needs them
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from sdxl_train._version import __version__
 from sdxl_train.checkpoint import require_finite
@@ -24,8 +27,6 @@ from sdxl_train.files import sync_folder
 from sdxl_train.packing import pack, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     import torch
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
@@ -36,6 +37,9 @@ MANIFEST = "state.json"
 _FOLDER_NAME = re.compile(r"(?:\.(?=.*-state\.))?(.+)-state(?:\.[^.]+(?:\.old)?)?")
 _PARAMETERS, _TENSORS = "parameters.safetensors", "optimizer.safetensors"
 _DETAILS = "details.json"
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What content that was edited, or is of another program, raises where it is put to use."""
+_OTHER_STATE = "resume from another state, or take only the weights with --reset_optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class Manifest:
         dataset: Digest of the images, captions and buckets.
         model: Identity of the base model.
         plugins: Version of each plugin by name.
+        observers: Names of the observers that keep something in it.
     """
 
     step: int
@@ -59,6 +64,7 @@ class Manifest:
     dataset: str
     model: str
     plugins: Mapping[str, str]
+    observers: Sequence[str] = ()
     sdxl_train: str = __version__
     schema_version: int = SCHEMA_VERSION
 
@@ -73,18 +79,24 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError:
         raise UserError.of(
-            str(folder), f"is no complete state: it has no {MANIFEST}", _states_nearby(folder)
+            str(folder), f"is no complete state: it has no {MANIFEST}", states_nearby(folder)
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError.of(str(folder / MANIFEST), f"is not JSON: {error}") from None
-    if document.get("schema_version") != SCHEMA_VERSION:
+    versions = document if isinstance(document, dict) else {}
+    if versions.get("schema_version") != SCHEMA_VERSION:
         raise UserError.of(
             str(folder),
-            f"has schema version {document.get('schema_version')}, written by sdxl-train "
-            f"{document.get('sdxl_train')}; this one reads {SCHEMA_VERSION}",
+            f"has schema version {versions.get('schema_version')}, written by sdxl-train "
+            f"{versions.get('sdxl_train')}; this one reads {SCHEMA_VERSION}",
             "use the version that wrote it",
         )
-    return Manifest(**document)
+    try:
+        return TypeAdapter(Manifest).validate_python(document)
+    except ValidationError as error:
+        place = ".".join(str(key) for key in error.errors()[0]["loc"])
+        message = f"is corrupt: {place}: {error.errors()[0]['msg']}"
+        raise UserError.of(str(folder / MANIFEST), message, "resume from another state") from None
 
 
 def complete_states(folder: Path, stem: str | None = None) -> list[tuple[int, Path]]:
@@ -129,17 +141,19 @@ def save_state(
         TrainingError: If a value is not finite or has no place in a file, or it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
+    watched: dict[str, Tensor] = {}
     try:
         details = {
             "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": _packable(scheduler.state_dict(), tensors),
             "scaler": scaler.state_dict() if scaler else None,
-            "observers": pack(dict(observers or {}), tensors, "observers"),
+            "observers": pack(dict(observers or {}), watched, "observers"),
         }
     except TypeError as error:
         raise TrainingError(f"state {folder} cannot be written: {error}") from error
     weights = {str(index): parameter for index, parameter in enumerate(parameters)}
     require_finite({**{f"parameter {name}": t for name, t in weights.items()}, **tensors}, folder)
+    tensors |= watched  # which may hold what they like
     needed = sum(t.numel() * t.element_size() for t in (*weights.values(), *tensors.values()))
     require_room(folder.parent, needed, folder.name)
     try:
@@ -196,9 +210,9 @@ def load_optimizer(
             scheduler.load_state_dict(details["scheduler"])
         if scaler is not None and details["scaler"]:
             scaler.load_state_dict(details["scaler"])
-    except (ValueError, KeyError) as error:
+    except _MALFORMED as error:
         raise UserError.of(
-            str(folder), f"its optimizer state does not fit: {error}", "resume from another state"
+            str(folder), f"its optimizer state does not fit: {error}", _OTHER_STATE
         ) from error
 
 
@@ -218,10 +232,8 @@ def _read_details(folder: Path) -> dict[str, Any]:
     try:
         packed = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
         details: dict[str, Any] = unpack(packed, tensors)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError.of(
-            str(folder / _DETAILS), f"is corrupt: {error}", "resume from another state"
-        ) from error
+    except (OSError, *_MALFORMED) as error:
+        raise UserError.of(str(folder / _DETAILS), f"is corrupt: {error}", _OTHER_STATE) from error
     return details
 
 
@@ -256,7 +268,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise UserError.of(str(path), f"is corrupt: {error}", "resume from another state") from None
+        remedy = "resume from another state" if path.name == _PARAMETERS else _OTHER_STATE
+        raise UserError.of(str(path), f"is corrupt: {error}", remedy) from None
 
 
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -280,6 +293,7 @@ def _replace_folder(new: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _states_nearby(folder: Path) -> str:
+def states_nearby(folder: Path) -> str:
+    """Name the complete states in a folder that is none, and beside it; empty without any."""
     near = [path for place in (folder, folder.parent) for _, path in complete_states(place)]
     return f"states here: {', '.join(str(path) for path in near[-5:])}" if near else ""

@@ -31,6 +31,8 @@ def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
     text = read_text(path)
     try:
         return tomli.loads(text), _lines(text)
+    except RecursionError:
+        raise UserError.of(str(path), "is nested too deeply", "write it flat") from None
     except tomli.TOMLDecodeError as error:
         # The fault may lie behind the last line.
         line = next(iter(text.split("\n")[error.lineno - 1 :]), "")

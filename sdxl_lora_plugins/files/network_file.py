@@ -317,7 +317,7 @@ def _metadata_faults(path: Path, metadata: Mapping[str, str]) -> Iterator[str]:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -95,7 +95,7 @@ def _read(path: Path, size: int, _modified: int) -> Header:
         entries = {name: _Entry(**entry) for name, entry in content.items()}
         end = max((entry.data_offsets[1] for entry in entries.values()), default=0)
         misfit = next((name for name, entry in entries.items() if not entry.fits()), None)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise BadFileError(
             f"{path.name} has a damaged safetensors header", "download it again"
         ) from error
@@ -170,7 +170,7 @@ def refuse_other_formats(path: Path, start: bytes, *, pickles: bool = True) -> N
     if not pickles:
         return
     # A zip is what torch.save writes; older versions wrote a bare pickle of protocol 2 or later.
-    is_pickle = start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and 2 <= start[1] <= 5)
+    is_pickle = start.startswith(b"PK\x03\x04") or b"\x80\x02" <= start[:2] <= b"\x80\x05"
     if is_pickle and start[8:9] != b"{":
         named = "a pickle named .safetensors" if path.suffix == ".safetensors" else "a pickle"
         raise BadFileError(

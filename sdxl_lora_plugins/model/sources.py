@@ -227,7 +227,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         place = f"{path.parent.name}/{path.name}"
         raise BadFileError(f"{place} is not valid JSON: {error}", "download it again") from error
     return content if isinstance(content, dict) else {}

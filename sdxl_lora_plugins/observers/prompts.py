@@ -213,6 +213,8 @@ def _from_json(path: Path, problems: list[Problem]) -> _Entries:
         raise UserError.of(
             f"{path}:{error.lineno}:{error.colno}", f"no JSON: {error.msg}"
         ) from None
+    except RecursionError:
+        raise UserError.of(str(path), "is nested too deeply", "write it flat") from None
     if not isinstance(document, list):
         problems.append(
             Problem(place=str(path), message="expected a list of prompts", remedy="put it in [ ]")

@@ -62,6 +62,11 @@ class Sampling:
         images = []
         with self.run.evaluation():
             for index, request in enumerate(self.requests):
+                if self.run.stopping():
+                    logger.warning(
+                        "sampling ends early: %d pictures are left out", len(self.requests) - index
+                    )
+                    break
                 image = self._take(index, request, step, epoch)
                 if image.fault:
                     logger.warning(

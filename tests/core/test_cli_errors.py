@@ -103,6 +103,13 @@ def test_a_reader_that_leaves_is_no_error() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_closed_outputs_are_no_error() -> None:
+    """Services start programs without outputs; Python then has None in their place."""
+    for words, code in (("--version", 0), ("--frobnicate", 2)):
+        line = f'"{sys.executable}" -m sdxl_train {words} >&- 2>&-'
+        assert subprocess.run(line, shell=True, check=False).returncode == code
+
+
 def test_an_interrupt_before_the_run_exits_with_130(
     site: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -196,6 +196,48 @@ def test_a_failing_observer_is_reported_once_and_left_out(
     assert warning.startswith("observer bad failed in step_finished and is left out from here on")
 
 
+class Keeper(Recorder):
+    kept: Any = None
+
+    def state_dict(self) -> Any:
+        if isinstance(self.kept, Exception):
+            raise self.kept
+        return {"kept": self.kept}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.kept = state["kept"]
+
+
+def test_observers_keep_what_they_know_and_cannot_spoil_a_state() -> None:
+    events, keepers = _events(PluginHost()), [Keeper(), Keeper(), Keeper()]
+    events.add_observer("plain", Recorder())
+    for name, keeper, kept in zip(
+        ("sound", "broken", "odd"),
+        keepers,
+        ((1, 2.5), ConnectionError("gone"), object()),
+        strict=True,
+    ):
+        keeper.kept = kept
+        events.add_observer(name, keeper)
+
+    assert events.states() == {"sound": {"kept": (1, 2.5)}}
+    assert events.failures["observer broken"] == "state_dict: ConnectionError: gone"
+    assert "which has no place in a file" in events.failures["observer odd"]
+
+    events.restore({"sound": {"kept": 3}, "absent": {"kept": 4}})
+    assert keepers[0].kept == 3
+
+
+def test_keepers_hear_of_a_step_before_it_is_saved() -> None:
+    events, keeper, plain = _events(PluginHost()), Keeper(), Recorder()
+    events.add_observer("keeper", keeper)
+    events.add_observer("plain", plain)
+    events.tell("step_finished", keepers=True, run=None, step=1)
+    assert (keeper.heard, plain.heard) == ([1], [])
+    events.tell("step_finished", keepers=False, run=None, step=1)
+    assert (keeper.heard, plain.heard) == ([1], [1])
+
+
 def test_a_strict_run_ends_with_its_observer() -> None:
     events = _events(PluginHost(), strict=True)
     events.add_observer("bad", Failing())

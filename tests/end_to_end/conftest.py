@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import pytest
 import torch
@@ -20,12 +24,16 @@ from safetensors.torch import load_file
 
 import sdxl_train
 from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_train.cli import main
 from sdxl_train.errors import UserError
 from sdxl_train.preflight import prepare
 from sdxl_train.settings import from_mapping
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkServerContext
+    from multiprocessing.process import BaseProcess
 
     from torch import Tensor
 
@@ -127,6 +135,60 @@ class StartCommand(Protocol):
     def __call__(
         self, options: dict[str, Any], *, launcher: tuple[str, ...] = ...
     ) -> subprocess.Popen[str]: ...
+
+
+PATIENCE = 300
+"""Seconds until a test gives up on a process; nothing is measured by them."""
+
+Place: TypeAlias = tuple[str, int]
+"""A function, as ``module:path``, and the call in which a process is to wait in it."""
+Around: TypeAlias = Callable[[Callable[[], int]], int]
+"""Called in the process with the command to run; gives the exit code."""
+
+
+class CommandProcess:
+    """The command in a process of its own, forked from one that has imported everything."""
+
+    def __init__(
+        self, process: BaseProcess, door: Connection, log: Path, options: dict[str, Any]
+    ) -> None:
+        self.process = process
+        self.door = door
+        self.log = log
+        self.folder = Path(options["output_dir"])
+
+    def wait_until_held(self) -> None:
+        """Wait until it has come to its place; it goes on when a signal has arrived."""
+        try:
+            assert self.door.poll(PATIENCE), "it never came to this place"
+            self.door.recv()
+        except EOFError:
+            pytest.fail(self.text)
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def wait(self) -> int:
+        """Give the exit code, as the system sees it."""
+        self.process.join(PATIENCE)
+        assert self.process.exitcode is not None, self.text
+        return self.process.exitcode
+
+    @property
+    def text(self) -> str:
+        """What it has written to its two outputs."""
+        return self.log.read_text(encoding="utf-8")
+
+
+class StartProcess(Protocol):
+    def __call__(
+        self, options: dict[str, Any], *, hold: Place | None = None, around: Around | None = None
+    ) -> CommandProcess: ...
+
+
+class Planned(Protocol):
+    def __call__(self, flags: str | list[str], **changes: Any) -> tuple[int, str]: ...
 
 
 class SameTensors(Protocol):
@@ -255,6 +317,102 @@ def start_command() -> StartCommand:
         )
 
     return start
+
+
+@pytest.fixture
+def planned(options: MakeOptions, capsys: pytest.CaptureFixture[str]) -> Planned:
+    """Plan a run with these flags in place of the usual options: the exit code, and what it says.
+
+    A plan goes as far as a run does before it loads weights.
+    """
+
+    def plan(flags: str | list[str], **changes: Any) -> tuple[int, str]:
+        words = flags.split() if isinstance(flags, str) else flags
+        chosen = options(plugin=None, **changes)
+        common = {name: value for name, value in chosen.items() if f"--{name}" not in words}
+        capsys.readouterr()
+        code = main(["plan", *as_flags(common), *words])
+        text = capsys.readouterr().err
+        assert "Traceback" not in text
+        return code, text
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Processes forked from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["sdxl_train.run", "sdxl_train.planning", "sdxl_lora_plugins.model.loading"]
+    )
+    return context
+
+
+@pytest.fixture
+def start_process(processes: ForkServerContext, tmp_path: Path) -> Iterator[StartProcess]:
+    """Start the command so that it costs no imports, and, if asked, waits in a function."""
+    started: list[CommandProcess] = []
+
+    def start(
+        options: dict[str, Any], *, hold: Place | None = None, around: Around | None = None
+    ) -> CommandProcess:
+        log = tmp_path / f"log-{len(started)}.txt"
+        here, there = processes.Pipe()
+        words = (as_flags(options), log, there, hold, around)
+        process = processes.Process(target=_run_command, args=words)
+        process.start()
+        there.close()
+        started.append(CommandProcess(process, here, log, options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.join()
+
+
+def _run_command(
+    argv: list[str], log: Path, door: Connection, hold: Place | None, around: Around | None
+) -> None:
+    """Run the command as its entry point does, in a process of its own."""
+    torch.set_num_threads(1)
+    with log.open("wb") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    if hold is not None:
+        _hold(*hold, door)
+    code = around(lambda: main(argv)) if around else main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _hold(place: str, call: int, door: Connection) -> None:
+    """Have a function stop in its nth call, say so at the door, and wait for a signal."""
+    arrived, told = os.pipe()
+    os.set_blocking(told, False)
+    module, path = place.split(":")
+    *holder, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in holder:
+        owner = getattr(owner, part)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = []
+
+    @wraps(original)
+    def held(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            # Written by the handler in C, however early the signal comes.
+            signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+            door.send("here")
+            os.read(arrived, 1)
+        return original(*arguments, **options)
+
+    setattr(owner, name, held)
 
 
 def as_flags(options: dict[str, Any]) -> list[str]:

@@ -269,7 +269,7 @@ def test_sigusr1_saves_and_goes_on(options: MakeOptions, start_command: StartCom
     else:
         pytest.fail("".join(seen))
     process.send_signal(signal.SIGUSR1)
-    _, text = process.communicate(timeout=120)
+    _, text = process.communicate(timeout=600)
     assert process.returncode == 0, text
     ((step, _),) = complete_states(Path(chosen["output_dir"]), "photo")
     assert 4 <= step < 40

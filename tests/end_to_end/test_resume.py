@@ -113,7 +113,7 @@ def test_complete_run_says_so_and_writes_nothing(
     before = {path: path.stat().st_mtime_ns for path in saving.folder.rglob("*")}
     again = {**saving.options, "resume": "latest"}
     done = start_command(again)
-    _, text = done.communicate(timeout=120)
+    _, text = done.communicate(timeout=600)
     assert done.returncode == 0
     assert "already complete: 8 of 8 steps" in text
     assert {path: path.stat().st_mtime_ns for path in saving.folder.rglob("*")} == before
@@ -223,7 +223,7 @@ def test_stopped_run_goes_on_to_the_straight_result(
     assert process.stderr is not None
     next(line for line in process.stderr if line.startswith("step 6/60"))
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 143
 
     ((stopped, _),) = complete_states(Path(chosen["output_dir"]))

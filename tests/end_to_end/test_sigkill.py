@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from safetensors.torch import load_file
 
 from sdxl_train.state import complete_states
@@ -31,16 +29,6 @@ def _train(options: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     sdxl_train.train(options)
-
-
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Processes forked from one that has imported everything and computed nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["sdxl_train.run", "sdxl_train.planning", "sdxl_lora_plugins.model.loading"]
-    )
-    return context
 
 
 def _assert_nothing_is_half_written(folder: Path) -> None:

@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sdxl_train.cli import main
-
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.end_to_end.conftest import MakeOptions
+    from tests.end_to_end.conftest import Planned
 
 CONTRADICTIONS: list[tuple[str, tuple[str, ...]]] = [
     # noise, timesteps, losses, weightings
@@ -113,55 +111,35 @@ REMARKS: list[tuple[str, tuple[str, ...]]] = [
 ]
 
 
-def planned(
-    flags: str, options: MakeOptions, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str]:
-    """Plan a run with these flags in place of the usual options: the exit code, and what it says.
-
-    A plan goes as far as a run does before it loads weights.
-    """
-    words = flags.split()
-    chosen = options(plugin=None)
-    common = {name: value for name, value in chosen.items() if f"--{name}" not in words}
-    argv = [word for name, value in common.items() for word in (f"--{name}", str(value))]
-    capsys.readouterr()
-    code = main(["plan", *argv, *words])
-    return code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(("flags", "named"), CONTRADICTIONS)
 def test_a_contradiction_is_refused_with_both_names(
-    flags: str, named: tuple[str, ...], options: MakeOptions, capsys: pytest.CaptureFixture[str]
+    flags: str, named: tuple[str, ...], planned: Planned
 ) -> None:
-    code, text = planned(flags, options, capsys)
+    code, text = planned(flags)
     assert code == 2
     assert all(name in text for name in named), text
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize("flags", RANGES)
-def test_a_value_out_of_range_is_refused_with_its_name(
-    flags: str, options: MakeOptions, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_value_out_of_range_is_refused_with_its_name(flags: str, planned: Planned) -> None:
     if flags.startswith("--huber"):
         flags += " --loss_type huber"
-    code, text = planned(flags, options, capsys)
+    code, text = planned(flags)
     assert code == 2
     assert flags.split()[0] in text
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(("flags", "named"), REMARKS)
 def test_what_has_no_effect_is_remarked_on(
-    flags: str, named: tuple[str, ...], options: MakeOptions, capsys: pytest.CaptureFixture[str]
+    flags: str, named: tuple[str, ...], planned: Planned
 ) -> None:
-    code, text = planned(flags, options, capsys)
+    code, text = planned(flags)
     assert code == 0, text
     assert any(all(name in line for name in named) for line in text.splitlines()), text
 
 
 def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines(
-    tmp_path: Path, options: MakeOptions, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, planned: Planned
 ) -> None:
     file = tmp_path / "run.toml"
     file.write_text(
@@ -170,7 +148,7 @@ def test_all_mistakes_of_a_file_are_told_at_once_with_their_lines(
         "network_train_text_encoder_only = true\n",
         encoding="utf-8",
     )
-    code, text = planned(f"--config_file {file}", options, capsys)
+    code, text = planned(f"--config_file {file}")
     assert code == 2
     for line, name in (
         (2, "noise.adaptive_noise_scale"),

@@ -19,6 +19,7 @@ from sdxl_train.errors import SdxlTrainError, UserError
 from sdxl_train.launch import launched
 from sdxl_train.registry import Registry
 from sdxl_train.settings import from_words, merge
+from sdxl_train.signals import Terminated, early_signals
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,7 +56,8 @@ def _main(argv: Sequence[str] | None) -> int:
         print(f"{USAGE}\n{HINT}", file=sys.stderr)
         return 2
     try:
-        code = _dispatch(words)
+        with early_signals():
+            code = _dispatch(words)
         sys.stdout.flush()
     except UserError as error:
         report(error)
@@ -65,6 +67,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        return 143
     except BrokenPipeError:
         discard_output()
         return 0

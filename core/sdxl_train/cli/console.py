@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from sdxl_train.errors import EndedElsewhereError, UserError
@@ -51,6 +52,9 @@ class _Once(logging.Filter):
 
 def configure_output() -> None:
     """Send the log to standard error, and let no character of a message stop the program."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the program, as some services do
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
     if not launched().main:
         discard_output()
         logging.getLogger().addHandler(logging.NullHandler())
@@ -65,6 +69,24 @@ def configure_output() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A console of another encoding must not turn a message into a traceback.
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def hide_from_process_list(secrets: Iterable[str]) -> None:
+    """Overwrite words of the command line where the system keeps it for ``ps``: Linux only."""
+    import ctypes
+
+    status = Path("/proc/self/stat")
+    if not status.exists():
+        return
+    # The name of the program, in brackets, may hold blanks; fields 48 and 49 bound the words.
+    fields = status.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    words = ctypes.string_at(start, end - start)
+    for secret in map(os.fsencode, secrets):
+        at = words.find(secret)
+        while secret and at >= 0:
+            ctypes.memset(start + at, ord("*"), len(secret))
+            at = words.find(secret, at + len(secret))
 
 
 def discard_output() -> None:

@@ -42,7 +42,7 @@ def run(invocation: Invocation) -> int:
             if is_on(setting := invocation.settings.get(name)):
                 assert setting is not None
                 raise UserError.of(setting.place, "writes no file here", "leave out `plan`")
-        prepared = prepare(invocation.settings, invocation.host, decode=False, processes=processes)
+        prepared = prepare(invocation.settings, invocation.host, start=False, processes=processes)
         from sdxl_train.planning import make_plan
 
         plan = make_plan(prepared)

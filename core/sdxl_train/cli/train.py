@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from sdxl_train.cli.console import warn
+from sdxl_train.cli.console import hide_from_process_list, warn
 from sdxl_train.errors import UserError
 from sdxl_train.options import Words
 from sdxl_train.settings import config_path, is_on
@@ -63,14 +63,17 @@ def _write_preview(prepared: Prepared) -> int:
 
 def _hide_secrets(config: RunConfig) -> None:
     """Take secrets off the command line of this process: some trackers record it."""
-    for name in config.secrets():
-        setting = config.settings.get(name)
-        if setting is not None and isinstance(setting.value, Words):
-            for secret in setting.value.words:
-                sys.argv[1:] = [
-                    "***" if word == secret else word.replace(f"={secret}", "=***")
-                    for word in sys.argv[1:]
-                ]
+    secrets = [
+        secret
+        for name in config.secrets()
+        if (setting := config.settings.get(name)) and isinstance(setting.value, Words)
+        for secret in setting.value.words
+    ]
+    for secret in secrets:
+        sys.argv[1:] = [
+            "***" if word == secret else word.replace(f"={secret}", "=***") for word in sys.argv[1:]
+        ]
+    hide_from_process_list(secrets)
 
 
 def _write_config(invocation: Invocation) -> int:

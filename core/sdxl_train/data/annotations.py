@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.data.captions import CaptionFile, bad_brace
 from sdxl_train.data.findings import Skipped
-from sdxl_train.data.folders import expanded
+from sdxl_train.data.folders import lies_in
 from sdxl_train.data.images import formats, is_image_name
 from sdxl_train.data.json_files import line_of_key, parse_json
 from sdxl_train.errors import UserError
@@ -158,7 +159,7 @@ class _EntryReader:
             self.findings.bad_image(path, "there is no such image", place=place)
 
     def _find(self, key: str, place: str) -> Path | None:
-        given = expanded(Path(key))
+        given = Path(key)
         homes = [self.image_dir / given] if self.image_dir else []
         found = next((f for path in [*homes, given] if (f := self.files.find(path))), None)
         if found is None:
@@ -167,6 +168,9 @@ class _EntryReader:
                 self.findings.problem(place, "is not a whole path, nor one from here", remedy)
             else:
                 self._missing.append(([*homes, given][0], place))
+            return None
+        if fault := self._astray(given, found):
+            self.findings.problem(place, fault, "keep the images of a dataset in its image_dir")
             return None
         if not is_image_name(found.name):
             types = ", ".join(formats())
@@ -181,6 +185,18 @@ class _EntryReader:
             return None
         self._places[found] = place
         return found
+
+    def _astray(self, given: Path, found: Path) -> str:
+        """Say how a name leads out of the dataset, which may be anybody's; empty if it does not."""
+        if ".." in given.parts:
+            return "leads upwards by '..'"
+        if self.image_dir and not lies_in(self._root, os.path.realpath(found)):
+            return f"does not lie in {self.image_dir}"
+        return ""
+
+    @cached_property
+    def _root(self) -> str:
+        return os.path.realpath(self.image_dir or "")
 
     def _annotation(self, path: Path, place: str, fields: dict[str, Any]) -> Annotation:
         caption = _joined(fields.get("caption"), fields.get("tags"), self.separator)

@@ -29,7 +29,6 @@ from sdxl_train.data.dataset_rules import (
 from sdxl_train.data.folders import (
     DATASET_FILE,
     METADATA_FILE,
-    expanded,
     file_problem,
     find_folders,
     folder_problem,
@@ -37,6 +36,7 @@ from sdxl_train.data.folders import (
 from sdxl_train.data.layers import Layer, Values
 from sdxl_train.data.views import ViewOptions
 from sdxl_train.errors import Problem, UserError
+from sdxl_train.files import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -180,7 +180,7 @@ def _metadata(data: bytes) -> dict[str, Any]:
         header = json.loads(data[8 : 8 + _header_length(data)])
         metadata = header["__metadata__"]
         return {**metadata, "facts": json.loads(metadata["facts"])}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise EntryError("is not one of this program's files") from None
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.dataset_file import SubsetTable
 from sdxl_train.data.images import is_image_name
 from sdxl_train.errors import Problem
+from sdxl_train.files import expanded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
 
 
 @dataclass(kw_only=True)
@@ -29,9 +30,9 @@ class FoundFolders:
     warnings: list[str] = field(default_factory=list)
 
 
-def expanded(path: Path) -> Path:
-    """Put in environment variables and the home folder."""
-    return Path(os.path.expandvars(path)).expanduser()
+def lies_in(root: str, path: str) -> bool:
+    """Tell whether a path lies in a folder; both must be real ones, without links in them."""
+    return os.path.commonpath((root, path)) == root
 
 
 def find_folders(parent: Path | None, *, is_reg: bool, place: str) -> FoundFolders:
@@ -46,7 +47,11 @@ def find_folders(parent: Path | None, *, is_reg: bool, place: str) -> FoundFolde
         return found
     numbered = [(folder, split) for folder in _folders(parent) if (split := _split(folder.name))]
     for folder, (repeats, tokens) in numbered:
-        if repeats:
+        if not folder.name.isprintable():
+            # Lone surrogates stand for bytes that are no UTF-8: metadata and options hold text.
+            message, remedy = f"{folder.name!r} is not readable as text", "rename the folder"
+            found.problems.append(Problem(place=place, message=message, remedy=remedy))
+        elif repeats:
             found.subsets.append(
                 SubsetTable(
                     image_dir=str(folder),
@@ -59,7 +64,7 @@ def find_folders(parent: Path | None, *, is_reg: bool, place: str) -> FoundFolde
             found.warnings.append(f"{folder}: left out, its name says 0 repeats")
     if found.subsets:
         found.warnings += _left_out(parent)
-    else:
+    elif not found.problems:
         _without_numbers(parent, found, is_reg=is_reg, place=place)
     return found
 

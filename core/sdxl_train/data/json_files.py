@@ -27,6 +27,8 @@ def parse_json(text: str, path: Path, *, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}:{error.colno}"
         raise UserError.of(place, error.msg, "correct this line") from None
+    except RecursionError:
+        raise UserError.of(f"{path}:{line}", "is nested too deeply", "write it flat") from None
     except _DuplicateKeyError as error:
         key = error.args[0]
         place = f"{path}:{line + (line_of_key(text, key, last=True) or 1) - 1}"

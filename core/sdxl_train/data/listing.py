@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.findings import Skipped
-from sdxl_train.data.folders import folders_with_images
+from sdxl_train.data.folders import folders_with_images, lies_in
 from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
 from sdxl_train.data.views import split_face
 
@@ -35,6 +35,7 @@ class Listing:
         captions: The caption file of each image, or None.
         other_captions: Files that look like captions of the images, under another ending.
         skipped: All that is left out.
+        astray: Links to files that do not lie in the folder.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Listing:
     captions: list[str | None] = field(default_factory=list)
     other_captions: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    astray: list[str] = field(default_factory=list)
 
     @property
     def contents(self) -> str:
@@ -76,11 +78,13 @@ def list_folder(folder: Path, caption_extensions: Sequence[str], remarks: Remark
     """
     listing = Listing(folder=folder)
     others: dict[str, bool] = {}
-    for name, is_dir in _entries(folder):
+    astray: list[str] = []
+    for name, is_dir in _entries(folder, astray):
         if is_image_name(name) and not is_dir:
             listing.images.append(name)
         elif name != CACHE_FOLDER:
             others[name] = is_dir
+    listing.astray.extend(name for name in astray if not others.get(name))
     endings = [form for ending in caption_extensions for form in (ending, ending.upper())]
     stems: set[str] = set()
     for name in listing.images:
@@ -108,8 +112,11 @@ def list_masks(
         OSError: If the folder cannot be read.
     """
     by_stem: dict[str, str] = {}
-    for name, is_dir in _entries(folder):
-        if is_image_name(name) and not is_dir:
+    astray: list[str] = []
+    for name, is_dir in _entries(folder, astray):
+        if name in astray:
+            remarks.add("a link out of the folder, left out", folder / name)
+        elif is_image_name(name) and not is_dir:
             if _stem(name) in by_stem:
                 remarks.add("a second mask of the same name, left out", folder / name)
             by_stem.setdefault(_stem(name), name)
@@ -124,11 +131,25 @@ def list_masks(
     return masks, skipped
 
 
-def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """Give the names in a folder, sorted, and whether they are folders."""
-    with os.scandir(folder) as entries:
+def _entries(folder: Path, astray: list[str]) -> list[tuple[str, bool]]:
+    """Give the names in a folder, sorted, and whether they are folders.
+
+    Args:
+        folder: The folder.
+        astray: Gets the names of links that lead out of it.
+    """
+    with os.scandir(folder) as found:
         # Told with the listing itself; asking for each file takes seconds for 100 000.
-        return sorted((entry.name, _is_folder(entry)) for entry in entries)
+        entries = list(found)
+    root = os.path.realpath(folder)
+    for entry in entries:
+        # A dataset from elsewhere must not reach what else lies on this machine.
+        if not entry.is_symlink():
+            continue
+        target = os.path.realpath(entry.path)
+        if os.path.exists(target) and not lies_in(root, target):  # noqa: PTH110 - no need of a path
+            astray.append(entry.name)
+    return sorted((entry.name, _is_folder(entry)) for entry in entries)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -26,6 +26,7 @@ from sdxl_train.data.images import (
 )
 from sdxl_train.data.views import coloured
 from sdxl_train.errors import TrainingError
+from sdxl_train.signals import leave_to_parent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -74,6 +75,7 @@ class PixelLoader:
             batch_size=None,
             num_workers=workers,
             persistent_workers=persistent_workers and workers > 0,
+            worker_init_fn=leave_to_parent,
             # Its own generator: otherwise each iteration draws from the global one.
             generator=torch.Generator(),
         )

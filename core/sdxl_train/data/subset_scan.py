@@ -94,8 +94,22 @@ class SubsetScan:
             message = f"{subset.image_dir} cannot be read: {error.strerror}"
             self.findings.problem(subset.place, message)
             return []
+        for name in listing.astray:
+            self._refuse_link(listing, name)
         self._check_listing(listing)
         return [listing]
+
+    def _refuse_link(self, listing: Listing, name: str) -> None:
+        """Leave out an image whose file, or that of its caption, lies elsewhere."""
+        path = listing.folder / name
+        is_used = False
+        for names in (listing.images, listing.captions):
+            while name in names:
+                at = names.index(name)
+                del listing.images[at], listing.captions[at]
+                is_used = True
+        if is_used:
+            self.findings.bad_image(path, f"is a link out of the folder, to {path.readlink()}")
 
     def _annotated(self) -> list[Listing]:
         """List the images that the subset's metadata file names, folder by folder."""

@@ -14,7 +14,7 @@ ROW = re.compile(r"\| (\d+) \| (.+?) \| (.+?) \|(?: (.*?))? \|")
 
 
 @cache
-def tests_in(path: str) -> frozenset[str]:
+def functions_in(path: str) -> frozenset[str]:
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     return frozenset(node.name for node in tree.body if isinstance(node, ast.FunctionDef))
 
@@ -33,7 +33,7 @@ def test_every_entry_names_tests_that_exist_or_why_there_is_none() -> None:
     for number, _, reaction, tests in rows():
         named = re.findall(r"`([\w/.]+\.py)::(test_\w+)`", tests)
         for path, name in named:
-            assert name in tests_in(path), f"{number}: {path} has no {name}"
+            assert name in functions_in(path), f"{number}: {path} has no {name}"
         if not named:
             assert reaction.startswith("none: "), f"{number} names no test"
             without.append(number)
@@ -43,7 +43,7 @@ def test_every_entry_names_tests_that_exist_or_why_there_is_none() -> None:
 def test_a_number_in_the_name_of_a_test_leads_to_its_row() -> None:
     tests = {number: text for number, *_, text in rows()}
     for path in sorted((ROOT / "tests").rglob("test_bad_inputs_*.py")):
-        for name in tests_in(str(path.relative_to(ROOT))):
+        for name in functions_in(str(path.relative_to(ROOT))):
             for number in re.findall(r"_(\d+)(?=_|$)", name):
                 if name.startswith("test_"):
                     assert name in tests[number], f"{name} is not among the tests of {number}"

@@ -105,7 +105,9 @@ def prepare(
         warnings.extend(_cache_remarks(config, scanned))
     # Other processes go on from where the main one does; they may not even see its files.
     leads = launched().main
-    resume = _resume_point(config, scanned, problems) if config and scanned and leads else None
+    resume = None
+    if config and scanned and leads:
+        resume = _resume_point(config, scanned, problems, processes)
     if config is None or scanned is None or scanned.problems or not scanned.datasets:
         raise UserError(problems)
     seed = resume.manifest.seed if resume else config.training.seed
@@ -176,14 +178,16 @@ def _steps_done(
     return start
 
 
-def _resume_point(config: RunConfig, scanned: Scan, problems: list[Problem]) -> ResumePoint | None:
+def _resume_point(
+    config: RunConfig, scanned: Scan, problems: list[Problem], processes: int
+) -> ResumePoint | None:
     try:
         point = find_resume_point(config)
     except UserError as error:
         problems.extend(error.problems)
         return None
     if point is not None:
-        problems.extend(differences(point, config, scanned))
+        problems.extend(differences(point, config, scanned, processes))
     return point
 
 

@@ -73,6 +73,9 @@ MAY_CHANGE = frozenset(
         "device",
         # How the same batches come about.
         "on_bad_image",
+        "strict_captions",
+        "debug_dataset",
+        "cache_info",
         "cache_latents",
         "cache_latents_to_disk",
         "vae_batch_size",
@@ -128,7 +131,9 @@ def find_resume_point(config: RunConfig) -> ResumePoint | None:
     return ResumePoint(folder=folder, manifest=read_manifest(folder))
 
 
-def differences(point: ResumePoint, config: RunConfig, scan: Scan) -> Iterator[Problem]:
+def differences(
+    point: ResumePoint, config: RunConfig, scan: Scan, processes: int = 1
+) -> Iterator[Problem]:
     """Yield what the run asks for otherwise than the state and must not."""
     before, now = point.manifest.options, shaping_options(config)
     for name in sorted(before.keys() | now.keys()):
@@ -160,6 +165,13 @@ def differences(point: ResumePoint, config: RunConfig, scan: Scan) -> Iterator[P
                 f"in {point.folder}",
                 remedy="install and name the version that saved the state",
             )
+    if processes != point.manifest.processes:
+        yield Problem(
+            place=config.place("resume"),
+            message=f"{processes} processes train now, {point.manifest.processes} in "
+            f"{point.folder}: the same steps would see other images",
+            remedy=f"launch {point.manifest.processes}",
+        )
     yield from _absent_observers(point, config)
 
 

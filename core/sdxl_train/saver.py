@@ -203,6 +203,7 @@ class Saver:
             model=model_identity(self.record.described),
             plugins={plugin.name: plugin.version for plugin in config.plugins},
             observers=tuple(watched["observers"]),
+            processes=prepared.processes,
         )
         save_state(
             folder,

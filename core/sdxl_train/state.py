@@ -55,6 +55,7 @@ class Manifest:
         model: Identity of the base model.
         plugins: Version of each plugin by name.
         observers: Names of the observers that keep something in it.
+        processes: How many trained together.
     """
 
     step: int
@@ -65,6 +66,7 @@ class Manifest:
     model: str
     plugins: Mapping[str, str]
     observers: Sequence[str] = ()
+    processes: int = 1
     sdxl_train: str = __version__
     schema_version: int = SCHEMA_VERSION
 

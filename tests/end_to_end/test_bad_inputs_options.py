@@ -141,7 +141,7 @@ def test_devices_that_are_not_there_are_told_beside_other_mistakes_56_57(
     assert "warning: not on this machine: --device: there is no cuda device" in text
 
 
-def test_bf16_and_8_bit_optimizers_run_without_a_gpu_57(train_lora: TrainLora) -> None:
+def test_bf16_and_eight_bits_run_without_a_gpu_57(train_lora: TrainLora) -> None:
     run = train_lora(mixed_precision="bf16", optimizer_type="AdamW8bit", max_train_steps=1)
     assert run.result.exit_code == 0
     assert run.metadata["ss_mixed_precision"] == "bf16"

@@ -5,6 +5,7 @@ The numbers are those of docs/bad-inputs.md. What a resumed run computes is in t
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from typing import TYPE_CHECKING, Any
@@ -115,6 +116,18 @@ def test_an_edited_manifest_is_told_92(
     assert fault in text
     # The newest complete state is another one, or there is none.
     assert planned(["--resume", "latest", "--output_dir", str(tmp_path)])[0] == 0
+
+
+def test_a_state_of_more_processes_wants_as_many_97(
+    first: Trained, planned: Planned, tmp_path: Path
+) -> None:
+    state = shutil.copytree(first.folder / "photo-state", tmp_path / "photo-state")
+    manifest = json.loads((state / "state.json").read_text(encoding="utf-8"))
+    changed = json.dumps({**manifest, "processes": 2})
+    (state / "state.json").write_text(changed, encoding="utf-8")
+    code, text = planned(["--resume", str(state)], lr_scheduler="constant", max_train_steps=3)
+    assert code == 2
+    assert f"--resume: 1 processes train now, 2 in {state}" in text
 
 
 @pytest.mark.parametrize(

@@ -71,17 +71,15 @@ MAY_CHANGE = frozenset(
         "allow_base_change",
         "drop_plugin_state",
         "device",
-        # How the same batches come about.
+        # How the same batches come about. (How many are encoded at once decides the last bits.)
         "on_bad_image",
         "strict_captions",
         "debug_dataset",
         "cache_info",
         "cache_latents",
         "cache_latents_to_disk",
-        "vae_batch_size",
         "cache_text_encoder_outputs",
         "cache_text_encoder_outputs_to_disk",
-        "text_encoder_batch_size",
         "skip_cache_check",
         "max_data_loader_n_workers",
         "persistent_data_loader_workers",

@@ -115,7 +115,7 @@ def test_the_command_in_the_record_repeats_the_run(record: dict[str, Any]) -> No
     assert words[0] == "sdxl-train"
     settings, leading = from_words(words[1:], [])
     assert leading == []
-    config = prepare(settings, decode=False).config
+    config = prepare(settings, start=False).config
     again = {name: item["value"] for name, item in config.options().items()}
     assert again == {name: item["value"] for name, item in record["options"].items()}
     assert command(config, 42) == record["command"]

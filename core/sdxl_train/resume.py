@@ -73,9 +73,6 @@ MAY_CHANGE = frozenset(
         "device",
         # How the same batches come about. (How many are encoded at once decides the last bits.)
         "on_bad_image",
-        "strict_captions",
-        "debug_dataset",
-        "cache_info",
         "cache_latents",
         "cache_latents_to_disk",
         "cache_text_encoder_outputs",

@@ -24,11 +24,16 @@ class ChangeCheck:
 
     A network with dead parameters, an optimizer over copies or a rate that rounds away would
     otherwise train for hours and save what it began with.
+
+    Args:
+        parameters: What trains.
+        silent_steps: The first steps of a run, which the optimizer may let pass.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, silent_steps: int = 0) -> None:
         self._parameters = list(parameters)
         self._before: Tensor | None = self._fingerprint()
+        self._silent_steps = silent_steps
         self._steps = 0
 
     def after(self, step: StepResult) -> None:
@@ -38,6 +43,8 @@ class ChangeCheck:
             TrainingError: If enough steps have changed nothing.
         """
         if self._before is None or step.skipped or not any(step.learning_rates.values()):
+            return
+        if step.step <= self._silent_steps:
             return
         self._steps += 1
         if not torch.equal(self._fingerprint(), self._before):

@@ -465,6 +465,10 @@ class Optimizer(Component):
     def build(self, groups: Sequence[dict[str, Any]]) -> TorchOptimizer:
         """Build over torch parameter groups: dicts with ``params``, ``lr`` and ``name``."""
 
+    def silent_steps(self) -> int:
+        """Give the first steps in which it may leave all weights as they are, by design."""
+        return 0
+
     def brings_schedule(self) -> str | None:
         """Name the schedule of an optimizer that pays no heed to the rates of its groups.
 

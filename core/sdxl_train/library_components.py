@@ -125,6 +125,10 @@ class OfLibrary(Component):
             ) from error
 
 
+_UNRECTIFIED = 10
+"""More than the 5 steps that it takes at usual betas."""
+
+
 class LibraryOptimizer(OfLibrary, Optimizer):
     """An optimizer of another library, over torch's parameter groups.
 
@@ -153,6 +157,10 @@ class LibraryOptimizer(OfLibrary, Optimizer):
             self.build([group])
         except UserError as error:
             yield from error.problems
+
+    def silent_steps(self) -> int:
+        """Give the steps before the variance of rectified Adam is known (Liu et al. 2020)."""
+        return _UNRECTIFIED if getattr(self, "silent_sgd_phase", False) else 0
 
     @classmethod
     def _require_fit(cls, target: Any) -> None:

@@ -14,6 +14,7 @@ from sdxl_train.library_components import LIBRARY_KINDS
 from sdxl_train.loading import component_fault
 from sdxl_train.options import Option, options_of, suggestion
 from sdxl_train.plugins import BUILTIN
+from sdxl_train.siblings import sibling_with
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -193,6 +194,9 @@ class Registry:
         names = [entry.name for plugin in installed for entry in _entries(plugin, kind)]
         hint = suggestion(name, sorted(set(names)))
         text = f"no {kind.name} is called '{name}'"
+        sibling = sibling_with(kind.name, name)
+        if sibling is not None and sibling not in {p.found.distribution for p in installed}:
+            hint = f"{sibling} has it: pip install {sibling}"
         broken = ", ".join(f"'{plugin}'" for plugin in sorted(self.host.failures))
         notes = [hint, f"plugins that do not load were not asked: {broken}" if broken else ""]
         return "; ".join([text, *(note for note in notes if note)])

@@ -319,7 +319,9 @@ class Trainer:
         ranks.require_same(self._facts())
         self.result.steps = prepared.start
         self.wide_steps = self._keep_narrow(optimizer)
-        self.change = ChangeCheck(self.assembly.parameters)
+        self.change = ChangeCheck(
+            self.assembly.parameters, silent_steps=config.optimizer.silent_steps()
+        )
         self.events = self._build_events()
         self.events.restore(kept)
         self.supply = Supply(

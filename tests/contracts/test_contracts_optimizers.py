@@ -123,6 +123,11 @@ class TestPiecewiseConstant(SchedulerContract):
     ends_at = 0.01
 
 
+class TestAdafactorRates(SchedulerContract):
+    component = schedulers.AdafactorRates
+    ends_at = 1.0
+
+
 class TestRex(SchedulerContract):
     component = schedulers.Rex
     ends_at = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from sdxl_train import LibraryOptimizer, LibraryScheduler, StepPlan, UserError
 from sdxl_train.errors import PluginError
+from sdxl_train.plugins import PluginHost
+from sdxl_train.registry import KIND_BY_NAME, Registry
 
 
 def test_options_are_those_of_the_signature() -> None:
@@ -53,3 +56,53 @@ def test_schedules_are_handed_the_length_of_the_run() -> None:
 def test_schedules_that_need_more_than_a_step_are_refused() -> None:
     with pytest.raises(PluginError, match="its step needs 'metrics'"):
         LibraryScheduler.of("torch.optim.lr_scheduler.ReduceLROnPlateau").resolved()
+
+
+def test_options_that_only_the_constructor_refuses_are_told_by_the_check() -> None:
+    component: Any = LibraryOptimizer.of("torch.optim.Adamax").resolved()
+    config: Any = None
+    assert list(component().check(config)) == []
+    (problem,) = component(betas=(2.0, 0.9)).check(config)
+    assert "Invalid beta parameter" in problem.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "distribution"),
+    [
+        ("optimizer", "AdamW8bit", "sdxl-train-bitsandbytes"),
+        ("optimizer", "pagedadamw", "sdxl-train-bitsandbytes"),
+        ("optimizer", "Prodigy", "sdxl-train-prodigy"),
+        ("optimizer", "DAdaptAdam", "sdxl-train-optimizers"),
+        ("optimizer", "RAdamScheduleFree", "sdxl-train-optimizers"),
+        ("network", "loha", "sdxl-train-lycoris"),
+    ],
+)
+def test_who_brings_a_well_known_name_is_told(
+    kind: str, name: str, distribution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the plugin, the message names it; with it, the name is found."""
+    found = {entry.name for entry in entry_points(group="sdxl_train")}
+    assert distribution.removeprefix("sdxl-train-") in found
+    host = PluginHost()
+    monkeypatch.setattr(host, "load_rest", list)
+    with pytest.raises(PluginError, match=f"pip install {distribution}"):
+        Registry(host).find(KIND_BY_NAME[kind], name)
+
+
+def test_missing_library_of_a_plugin_is_told_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import importlib.util
+
+    host = PluginHost()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, package in {
+        "AdamW8bit": "bitsandbytes",
+        "Prodigy": "prodigyopt",
+        "Lion": "pytorch-optimizer",
+        "SOAP": "pytorch-optimizer",
+        "DAdaptation": "dadaptation",
+        "AdamWScheduleFree": "schedulefree",
+    }.items():
+        with pytest.raises(PluginError, match=f"pip install {package}"):
+            Registry(host).find(KIND_BY_NAME["optimizer"], name)

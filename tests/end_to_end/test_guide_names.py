@@ -32,7 +32,15 @@ OPTIMIZERS = (
     *("AdamW8bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit", "Lion8bit", "PagedLion8bit"),
     *("SGDNesterov8bit", "AdEMAMix8bit", "bitsandbytes.optim.AdEMAMix8bit"),
 )
-ONE_RATE_OPTIMIZERS = ("Prodigy",)
+ONE_RATE_OPTIMIZERS = (
+    *("Prodigy", "DAdaptation", "DAdaptAdamPreprint", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptAdan"),
+    *("DAdaptAdanIP", "DAdaptLion", "DAdaptSGD"),
+)
+OPTIMIZERS_OF_THEIR_OWN_SCHEDULE = (
+    *("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree", "Adafactor"),
+    "Adafactor --lr_scheduler adafactor --fused_backward_pass",
+    "Adafactor --optimizer_args relative_step=False scale_parameter=False warmup_init=False",
+)
 SCHEDULERS: dict[str, str] = {
     "constant": "",
     "constant_with_warmup": "--lr_warmup_steps 1",
@@ -90,7 +98,10 @@ NETWORKS = (
 COLUMNS = (
     [
         *(f"--optimizer_type {name}" for name in OPTIMIZERS),
+        *("--optimizer_type Lion", "--optimizer_type CAME", "--use_8bit_adam"),
         *(f"--optimizer_type {name} --learning_rate 1" for name in ONE_RATE_OPTIMIZERS),
+        *(f"--optimizer_type {name}" for name in OPTIMIZERS_OF_THEIR_OWN_SCHEDULE),
+        "--lr_scheduler_type CosineAnnealingLR --use_lion_optimizer",
     ],
     [
         *(f"--network_module {name}" for name in NETWORKS),
@@ -100,6 +111,13 @@ COLUMNS = (
 )
 CASES = [" ".join(row).strip() for row in itertools.zip_longest(*COLUMNS, fillvalue="")]
 """Each name once. A run costs a second, so one of each column share it."""
+
+
+SPELLINGS = {
+    *("network_args", "optimizer_args", "lr_scheduler_args"),
+    *("use_8bit_adam", "use_lion_optimizer", "lr_scheduler_type"),
+}
+"""Options that are recorded as others."""
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +179,7 @@ def test_each_name_of_the_guides_trains(
     assert record["results"]["steps"] == 3
     named = {word.removeprefix("--") for word in words if word.startswith("--")}
     used = {name.partition(".")[0] for name, o in record["options"].items() if is_given(o)}
-    assert named - {"network_args", "lr_scheduler_args"} <= used
+    assert named - SPELLINGS <= used
 
 
 def is_given(option: dict[str, Any]) -> bool:

@@ -99,6 +99,8 @@ def test_files_hold_the_weights_that_the_optimizer_hands_out(averaged: Any) -> N
     iterates = load_file(state / "optimizer.safetensors")
     moved = 0
     for key, z in iterates.items():
+        if not key.startswith("optimizer."):
+            continue
         y = trained[key.split(".")[2]]
         x = y.lerp(z, 1 - 1 / 0.7)
         alike = [t for t in run.tensors.values() if t.shape == x.shape]
@@ -116,3 +118,23 @@ def test_such_a_run_resumes_exactly(averaged: Any, same_tensors: SameTensors) ->
     half = averaged(max_train_steps=2)
     resumed = averaged(resume=str(half.folder / "photo-state"))
     assert same_tensors(resumed.tensors, whole.tensors)
+
+
+def test_schedule_free_hands_out_the_mean_and_saving_changes_nothing(
+    train_lora: TrainLora, same_tensors: SameTensors
+) -> None:
+    """x = y + (1 - 1 / beta) (z - y), for y = (1 - beta) z + beta x (Defazio et al. 2024)."""
+    options: dict[str, Any] = {"optimizer_type": "AdamWScheduleFree", "learning_rate": 1e-2}
+    run = train_lora(**options, save_state=True, save_every_n_steps=1, validation_split=0.2)
+    trained = load_file(run.folder / "photo-state" / "parameters.safetensors")
+    kept = load_file(run.folder / "photo-state" / "optimizer.safetensors")
+    iterates = {key.split(".")[2]: tensor for key, tensor in kept.items() if key.endswith(".z")}
+    assert len(iterates) > 300
+    for index, z in iterates.items():
+        x = trained[index].lerp(z, 1 - 1 / 0.9)
+        assert any(
+            t.shape == x.shape and torch.allclose(x, t, atol=1e-7) for t in run.tensors.values()
+        )
+    assert not same_tensors(run.tensors, run.initial)
+    quiet = train_lora(**options, validation_split=0.2, validate_every_n_epochs=0)
+    assert same_tensors(run.tensors, quiet.tensors)

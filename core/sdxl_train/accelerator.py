@@ -9,12 +9,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin
 
+from sdxl_train.errors import UserError
+
 if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Set up the device and the precision, and meet the other processes, if any were launched."""
+    """Set up the device and the precision, and meet the other processes, if any were launched.
+
+    Raises:
+        UserError: If the options do not go with several processes.
+    """
     precision, device = config.training.mixed_precision, config.training.device
     # accelerate keeps one state for the process; a second run may want another precision.
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -208,7 +208,7 @@ def _from_folders(
     if "dataset_repeats" in options.model_fields_set and all(t.num_repeats for t in tables):
         warnings.append(f"{place('dataset_repeats')}: no effect, every folder's name says its own")
     resolver = _Resolver(options, place, Path())
-    layers = [Layer(table, partial(_folder_name, table)) for table in tables]
+    layers = [Layer(table, partial(_folder_place, table, place)) for table in tables]
     if not problems:
         resolver.add(layers, [], place("train_data_dir"))
     return resolver.datasets, [*problems, *resolver.problems], warnings
@@ -238,8 +238,10 @@ def _key_place(places: KeyPlaces, table: KeyPath, name: str) -> str:
     return places.of((*table, name) if name else table)
 
 
-def _folder_name(table: SubsetTable, name: str) -> str:
+def _folder_place(table: SubsetTable, place: Callable[[str], str], name: str) -> str:
     folder = Path(table.image_dir or "")
+    if name == "is_reg":
+        return place("reg_data_dir")
     return f"the name of folder {folder.name}" if name else str(folder)
 
 
@@ -303,6 +305,7 @@ class _Resolver:
             )
         is_default = values.origins["caption_extension"] == DEFAULT
         class_tokens = values.get("class_tokens")
+        values.values["is_reg"] = is_reg = bool(values.get("is_reg"))
         attributes = values.get("custom_attributes")
         values.get("cache_info")
         subset = SubsetConfig(
@@ -310,14 +313,14 @@ class _Resolver:
             image_dir=image_dir,
             metadata_file=metadata_file,
             num_repeats=repeats,
-            is_reg=bool(values.get("is_reg")),
+            is_reg=is_reg,
             class_tokens=None if metadata_file else class_tokens,
             caption_extensions=(extension, ".txt") if is_default else (extension,),
             captions=values.fill(CaptionOptions),
             views=values.fill(ViewOptions),
             resize_interpolation=values.get("resize_interpolation"),
             alpha_mask=values.get("alpha_mask"),
-            mask_dir=self._mask_folder(values, image_dir),
+            mask_dir=self._mask_folder(values, image_dir, is_reg=is_reg),
             preserves_output=attributes is not None and attributes.diff_output_preservation,
             values=values.values,
             origins=values.origins,
@@ -342,14 +345,14 @@ class _Resolver:
         self.problems += found
         return None if found else (folder, metadata_file)
 
-    def _mask_folder(self, values: Values, images: Path | None) -> Path | None:
+    def _mask_folder(self, values: Values, images: Path | None, *, is_reg: bool) -> Path | None:
         given = values.get("conditioning_data_dir")
         if given is None:
             return None
         folder = self._path(str(given))
         if values.origins["conditioning_data_dir"] == self.place("conditioning_data_dir"):
             # One folder for all subsets: it may hold one for each, and none for regularization.
-            if values.get("is_reg"):
+            if is_reg:
                 return None
             inner = folder / images.name if images else folder
             folder = inner if inner.is_dir() else folder

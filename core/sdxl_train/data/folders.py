@@ -57,7 +57,7 @@ def find_folders(parent: Path | None, *, is_reg: bool, place: str) -> FoundFolde
                     image_dir=str(folder),
                     num_repeats=repeats,
                     class_tokens=tokens or None,
-                    is_reg=is_reg,
+                    is_reg=is_reg or None,
                 )
             )
         else:
@@ -121,7 +121,7 @@ def _without_numbers(parent: Path, found: FoundFolders, *, is_reg: bool, place: 
     """Make what can be made of a folder without ``N_name`` folders."""
     images = count_images(parent)
     if images and not _split(parent.name):
-        found.subsets.append(SubsetTable(image_dir=str(parent), is_reg=is_reg))
+        found.subsets.append(SubsetTable(image_dir=str(parent), is_reg=is_reg or None))
         found.warnings.append(
             f"{parent} has no N_name folders: its own {images} images are taken as they are"
         )

@@ -73,9 +73,13 @@ image_dir = "dogs"
 def test_folders_tell_repeats_by_their_names(
     tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
 ) -> None:
-    make_image(tmp_path / "3_cat" / "a.png")
-    (dataset,) = dataset_report(make_scan(train_data_dir=tmp_path))["datasets"]
-    options = dataset["subsets"][0]["options"]
+    make_image(tmp_path / "train" / "3_cat" / "a.png")
+    make_image(tmp_path / "reg" / "1_cat" / "b.png")
+    found = make_scan(train_data_dir=tmp_path / "train", reg_data_dir=tmp_path / "reg")
+    (dataset,) = dataset_report(found)["datasets"]
+    options, of_reg = (subset["options"] for subset in dataset["subsets"])
+    assert options["is_reg"] == {"value": False, "origin": "default"}
+    assert of_reg["is_reg"] == {"value": True, "origin": "--reg_data_dir"}
     origin = "the name of folder 3_cat"
     assert options["num_repeats"] == {"value": 3, "origin": origin}
     assert options["class_tokens"] == {"value": "cat", "origin": origin}

@@ -264,3 +264,34 @@ def test_regularization_images_have_no_place_beside_a_metadata_file(
     both = DatasetOptions(resolution=64, in_json=meta, dataset_config=tmp_path / "x.toml")
     _, found, _ = resolve_datasets(both, flag)
     assert "given together with --in_json" in str(found[0])
+
+
+def test_images_of_several_folders_find_their_masks(
+    tmp_path: Path, images: Path, make_image: MakeImage
+) -> None:
+    make_image(images / "deep" / "e.png")
+    for name in ("a.png", "b.png", "e.png", "other.png"):
+        make_image(tmp_path / "masks" / name)
+    file = write(tmp_path / "meta.json", {"deep/e": {}, "a": {}, "b": {"tags": "x"}})
+    found = scanned(
+        in_json=file,
+        train_data_dir=images,
+        masked_loss=True,
+        conditioning_data_dir=tmp_path / "masks",
+    )
+    assert found.problems == ()
+    pairs = {i.path.name: i.mask.name for i in found.datasets[0].images if i.mask}
+    assert pairs == {"a.png": "a.png", "b.jpg": "b.png", "e.png": "e.png"}
+    assert dataset_report(found)["masks"] == 3
+    assert (tmp_path / "masks" / "other.png", "mask without an image") in [
+        (skipped.path, skipped.reason) for skipped in found.skipped
+    ]
+
+
+def test_a_metadata_file_needs_its_ending(tmp_path: Path, images: Path) -> None:
+    file = tmp_path / "meta.txt"
+    file.write_text("{}", encoding="utf-8")
+    options = DatasetOptions(resolution=64, in_json=file, train_data_dir=images)
+    _, (problem,), _ = resolve_datasets(options, flag)
+    assert str(problem).startswith("--in_json: ")
+    assert "is neither .json nor .jsonl" in str(problem)

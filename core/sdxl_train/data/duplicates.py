@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from pathlib import Path
 
     from sdxl_train.data.buckets import Size
     from sdxl_train.data.records import ImageRecord
@@ -22,21 +22,24 @@ def find_duplicates(
     Only files of one length and one picture size are read: others cannot be the same. Links to one
     file are read once.
     """
-    alike: dict[tuple[int, Size], dict[Path, FolderIndex]] = {}
+    # Paths as texts: to hash and sort others takes longer than all the rest.
+    alike: dict[tuple[int, Size], dict[str, FolderIndex]] = {}
     for image in images:
-        folder, name = os.path.split(image.path)
+        path = str(image.path)
+        folder, _, name = path.rpartition(os.sep)
         files = index.folder(folder)
-        key = (files.facts(name).stamp[0], image.size)
-        alike.setdefault(key, {})[image.path] = files
-    groups: dict[str, list[Path]] = {}
+        alike.setdefault((files.facts(name).stamp[0], image.size), {})[path] = files
+    groups: dict[str, list[str]] = {}
     read: dict[Stamp, str] = {}
     for paths in alike.values():
         for path in sorted(paths) if len(paths) > 1 else ():
             try:
-                stamp = paths[path].facts(path.name).stamp
-                content = read.get(stamp) or paths[path].content(path.name)
+                files, name = paths[path], path.rpartition(os.sep)[2]
+                stamp = files.facts(name).stamp
+                content = read.get(stamp) or files.content(name)
                 read[stamp] = content
             except OSError:  # it has gone since, which whoever needs it will say
                 continue
             groups.setdefault(content, []).append(path)
-    return tuple(sorted(tuple(paths) for paths in groups.values() if len(paths) > 1))
+    found = sorted(paths for paths in groups.values() if len(paths) > 1)
+    return tuple(tuple(Path(path) for path in paths) for paths in found)

@@ -6,6 +6,8 @@ skipped, or a problem.
 
 from __future__ import annotations
 
+import gc
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,19 @@ class Scan:
     index: ScanIndex
 
 
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Hold off the garbage collector, which would go through all that is found again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_collector_paused()
 def scan(
     configs: Sequence[DatasetConfig],
     *,

@@ -55,8 +55,8 @@ class ImageRecord:
 
     @property
     def is_extreme(self) -> bool:
-        """Whether it is long and narrow, or more than a third of it is cut off."""
-        return max(self.size) > 4 * min(self.size) or self.fit.crop_share > 1 / 3
+        """Whether it is long and narrow, or more than 40 % of it is cut off."""
+        return max(self.size) > 4 * min(self.size) or self.fit.crop_share > 0.4
 
 
 @dataclass(frozen=True, kw_only=True)

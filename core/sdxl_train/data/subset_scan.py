@@ -213,7 +213,7 @@ class SubsetScan:
         if record.is_extreme and not (views.random_crop or views.face_crop_aug_range):
             width, height = record.size
             detail = f"{width}x{height}, {record.fit.crop_share:.0%} cut off"
-            remark = "long and narrow, or more than a third of it is cut off"
+            remark = "long and narrow, or more than 40 % of it is cut off"
             remarks.add(remark, record.path, detail)
 
     def _caption(self, caption: CaptionFile, read: Read, annotation: Annotation | None) -> str:

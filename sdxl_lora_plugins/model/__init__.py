@@ -72,7 +72,6 @@ class Sdxl(MemoryOptions):
     )
     text_encoder_lr: list[Annotated[float, Field(ge=0)]] | None = Field(
         None,
-        min_length=1,
         max_length=2,
         description="Rate of both text encoders, or one rate each. Default: learning_rate. 0: not "
         "adapted.",

@@ -46,15 +46,12 @@ class Lora(BlockNetwork):
         "make a plain LoRA of the file with sdxl-train convert.",
     )
 
-    @property
-    def denoiser_options(self) -> tuple[str, ...]:
-        """Options that are about the U-Net alone."""
-        return (*super().denoiser_options, "loraplus_unet_lr_ratio")
-
-    @property
-    def text_encoder_options(self) -> tuple[str, ...]:
-        """Options that are about the text encoders alone."""
-        return ("loraplus_text_encoder_lr_ratio",)
+    def plus_options(self, *, denoiser: bool, text_encoders: bool) -> list[tuple[str, bool]]:
+        """Give LoRA+'s options of single parts, and whether such a part trains."""
+        return [
+            ("loraplus_unet_lr_ratio", denoiser),
+            ("loraplus_text_encoder_lr_ratio", text_encoders),
+        ]
 
     def plus_ratio(self, *, is_denoiser: bool) -> float | None:
         """Give LoRA+'s ratio for the U-Net or for a text encoder."""

@@ -47,13 +47,9 @@ class AdaptedLayer(nn.Module):
             return base + self.multiplier * (self.adapted(x) - base)
         return self._base_forward(x) if self._skips() else self.adapted(x)
 
+    @abstractmethod
     def adapted(self, x: Tensor) -> Tensor:
         """Give the output with the delta."""
-        return self._base_forward(x) + self.delta(x)
-
-    @abstractmethod
-    def delta(self, x: Tensor) -> Tensor:
-        """Give what is added to the layer's output for its input."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_lora_plugins.networks.blocks import (
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sdxl_train import RunConfig
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 """sd-scripts' rank where none is given."""
@@ -157,16 +160,6 @@ class BlockNetwork(Network):
         factor = factors[position] if factors else 1.0
         return 0.0 if factor <= self.block_lr_zero_threshold else factor
 
-    @property
-    def denoiser_options(self) -> tuple[str, ...]:
-        """Options that are about the U-Net alone."""
-        return (*RANKS_BY_BLOCK, *RATES_BY_BLOCK)
-
-    @property
-    def text_encoder_options(self) -> tuple[str, ...]:
-        """Options that are about the text encoders alone."""
-        return ()
-
     def plus_ratio(self, *, is_denoiser: bool) -> float | None:
         """Give how much faster the second factors of a part train; None for no difference."""
         return None
@@ -199,25 +192,33 @@ class BlockNetwork(Network):
                 )
 
     def require_parts(self, *, denoiser: bool, text_encoders: bool) -> None:
-        """Refuse options about parts that do not train.
+        """Refuse options by block of a U-Net that does not train; warn of idle LoRA+ ratios.
+
+        sd-scripts' users leave those in their commands.
 
         Raises:
             UserError: With every one of them.
         """
-        idle = [] if denoiser else [(name, "the U-Net") for name in self.denoiser_options]
-        if not text_encoders:
-            idle += [(name, "the text encoders") for name in self.text_encoder_options]
+        remedy = "leave it out, or train that part"
+        idle = [] if denoiser else [*RANKS_BY_BLOCK, *RATES_BY_BLOCK]
         problems = [
             Problem(
                 place=f"--network_args {name}",
-                message=f"is about {what}, and no part of that trains",
-                remedy="leave it out, or train that part",
+                message="is about the U-Net, and no part of that trains",
+                remedy=remedy,
             )
-            for name, what in idle
+            for name in idle
             if name in self.model_fields_set and getattr(self, name) is not None
         ]
         if problems:
             raise UserError(problems)
+        for name, trains in self.plus_options(denoiser=denoiser, text_encoders=text_encoders):
+            if not trains and getattr(self, name) is not None:
+                _log.warning("--network_args %s has no effect: no part of that trains", name)
+
+    def plus_options(self, *, denoiser: bool, text_encoders: bool) -> list[tuple[str, bool]]:
+        """Give LoRA+'s options of single parts, and whether such a part trains."""
+        return []
 
     def _idle(self) -> Iterator[tuple[str, str, str]]:
         """Yield options that nothing would read, if they are given: name, reason and remedy."""

@@ -54,13 +54,13 @@ class LokrLayer(AdaptedLayer):
         nn.init.zeros_(list(self.w2.values())[-1])
         self.alpha = 1.0 if whole1 and whole2 else float(rank)
 
-    def delta(self, x: Tensor) -> Tensor:
-        """Give what is added to the layer's output for its input.
+    def adapted(self, x: Tensor) -> Tensor:
+        """Give the output with the delta.
 
         ``network_dropout`` drops single outputs, ``rank_dropout`` whole output channels.
         """
         delta = self._linear(x) if self._convolution is None else self._convolved(x)
-        return self.dropped(delta) * self.scale
+        return torch.add(self._base_forward(x), self.dropped(delta), alpha=self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the factors, the scale in the first one, and ``alpha`` equal to the rank.

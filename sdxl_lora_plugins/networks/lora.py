@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
     from sdxl_lora_plugins.networks import Lora
     from sdxl_lora_plugins.networks.targets import Target
     from sdxl_train import LoadedModel
+
+
+_log = logging.getLogger(__name__)
 
 
 class LoraLayer(AdaptedLayer):
@@ -59,13 +64,22 @@ class LoraLayer(AdaptedLayer):
             self.dora_scale = nn.Parameter(_norm_by_input(layer.weight))
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Give the output with the delta and, for DoRA, with the norm of its own."""
-        return super().adapted(x if self.dora_scale is None else self._normalized(x))
+        """Give the output with the delta and, for DoRA, with the norm of its own.
 
-    def delta(self, x: Tensor) -> Tensor:
-        """Give what is added to the layer's output for its input."""
-        up: Tensor = self.lora_up(self.dropped(self.lora_down(x)))
-        return up * self.scale
+        Product, scale and sum are one operation: passes over the output, the largest tensor here,
+        are most of what a low rank costs.
+        """
+        if self.dora_scale is not None:
+            x = self._normalized(x)
+        base, low = self._base_forward(x), self.dropped(self.lora_down(x))
+        up = self.lora_up.weight
+        if isinstance(self.lora_up, nn.Linear):
+            rows = base.reshape(-1, base.shape[-1])
+            sums = torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T, alpha=self.scale)
+        else:
+            batch = up.flatten(1).expand(len(low), -1, -1)
+            sums = torch.baddbmm(base.flatten(2), batch, low.flatten(2), alpha=self.scale)
+        return sums.view(base.shape)
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the factors and ``alpha``, with which the scale is ``alpha / rank``."""
@@ -137,3 +151,12 @@ class LoraAdapter(LayerAdapter):
 
     def __init__(self, model: LoadedModel, options: Lora) -> None:
         super().__init__(model, options, lambda target: LoraLayer(target, options))
+        attention = [
+            layer.alpha for name, layer in self.layers.items() if re.search(r"_attn[12]_to_", name)
+        ]
+        is_planned = any(target.layer.weight.is_meta for target in self.targets)
+        if len(set(attention)) > 1 and not is_planned:
+            _log.warning(
+                "attention layers have different alphas, for which diffusers 0.42 takes the most "
+                "common one when it reads kohya's naming; save or convert for it in its own"
+            )

@@ -83,36 +83,6 @@ def test_ranks_and_alphas_by_block_equal_the_golden_ones(
     assert found == entry["modules"]
 
 
-def test_loraplus_and_block_groups_equal_the_golden_ones(
-    attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
-) -> None:
-    of_network = ("loraplus", "down_lr", "mid_lr", "up_lr")
-    checked = 0
-    for row in golden("param_groups"):
-        args = dict(row["args"])
-        text = args.pop("text_encoder_lr")
-        own = {name: args.pop(name) for name in list(args) if name.startswith(of_network)}
-        if row["module"] != "networks.lora" or args["learning_rate"] is None or not own:
-            continue
-        if isinstance(text, list) and len(text) != 1:
-            # Two rates are honoured here, and an empty list is refused.
-            continue
-        if args["unet_lr"] == 0 and "loraplus_unet_lr_ratio" in own:
-            # A ratio for a part that does not train is refused here.
-            continue
-        if text is not None:
-            args["text_encoder_lr"] = text if isinstance(text, list) else [text]
-        ratios = {n: float(value) for n, value in own.items() if n.startswith("loraplus")}
-        expected = {
-            group["desc"]: (pytest.approx(group["lr"]), group["tensors"]) for group in row["groups"]
-        }
-        assembly = attach_full_size(Lora(network_dim=4, **{**own, **ratios}), **args)
-        found = {g["name"]: (g["lr"], len(g["params"])) for g in assembly.groups}
-        assert found == expected
-        checked += 1
-    assert checked == 6
-
-
 def test_specific_loraplus_ratio_overrides_the_common_one(
     attach_full_size: Callable[..., Assembly],
 ) -> None:

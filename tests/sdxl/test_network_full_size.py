@@ -42,32 +42,6 @@ def groups_of(assembly: Assembly) -> dict[str, tuple[float, int]]:
     return {group["name"]: (group["lr"], len(group["params"])) for group in assembly.groups}
 
 
-def test_groups_equal_the_golden_ones(
-    attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
-) -> None:
-    checked = 0
-    for row in golden("param_groups"):
-        args = dict(row["args"])
-        text = args.pop("text_encoder_lr")
-        if row["module"] != "networks.lora" or args["learning_rate"] is None or text == []:
-            continue
-        if isinstance(text, list) and len(text) == 2:
-            # The peer gives both encoders the first of the two rates; we honour both.
-            continue
-        if args.pop("train_te", True) is False:
-            args["network_train_unet_only"] = True
-        args.pop("train_unet", None)
-        if set(args) - {"unet_lr", "learning_rate", "network_train_unet_only"}:
-            # LoRA+ and rates by block.
-            continue
-        if text is not None:
-            args["text_encoder_lr"] = text if isinstance(text, list) else [text]
-        expected = {g["desc"]: (g["lr"], g["tensors"]) for g in row["groups"]}
-        assert groups_of(attach_full_size(Lora(network_dim=4), **args)) == expected
-        checked += 1
-    assert checked == 7
-
-
 def test_two_text_encoder_rates_make_two_groups(attach_full_size: Callable[..., Assembly]) -> None:
     expected = {
         "unet": (2e-4, 1444),

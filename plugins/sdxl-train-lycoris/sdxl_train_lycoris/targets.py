@@ -157,8 +157,15 @@ def _rank_and_alpha(
 
 
 def _require_use(model: LoadedModel, options: LycorisNetwork) -> None:
-    """Refuse options by block where the U-Net does not train."""
-    if any(part.module is model.denoiser for part in model.parts):
+    """Refuse options by block where the U-Net does not train; warn of idle LoRA+ ratios."""
+    trained = {part.module is model.denoiser for part in model.parts}
+    for is_denoiser, name in (
+        (True, "loraplus_unet_lr_ratio"),
+        (False, "loraplus_text_encoder_lr_ratio"),
+    ):
+        if getattr(options, name, None) is not None and is_denoiser not in trained:
+            _log.warning("--network_args %s has no effect: no part of that trains", name)
+    if True in trained:
         return
     for name in options.block_options if isinstance(options, RankOptions) else ():
         if getattr(options, name) is not None:

@@ -5,8 +5,8 @@
 The layers are SDXL's: an attention projection at 64x64 and at 32x32 latent pixels ([4096, 640] and
 [1024, 1280] activations for each image), and the 3x3 convolution of a resnet of that size. The
 adapters take turns, so that what else the machine does hits all alike; the fastest of the repeats
-counts, the one least disturbed. On a CPU it is the time of this process alone, in one thread, so others count little.
-The last column is the fastest of the others over ours: 1 or more is at least as fast.
+counts, the one least disturbed. On a CPU it is the time of this process alone, in one thread. The
+last column is the fastest of the others over ours: 1 or more is at least as fast.
 """
 
 from __future__ import annotations

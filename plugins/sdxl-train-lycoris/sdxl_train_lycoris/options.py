@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_train import Field, Network, Problem, UserError, quiet
@@ -107,10 +108,15 @@ class LycorisNetwork(Network):
 
     def args(self) -> str:
         """Give the algorithm and what was set, as JSON of strings, as ``ss_network_args``."""
-        own = [name for name in self.model_fields_set if name not in Network.model_fields]
-        return json.dumps(
-            {"algo": self.algorithm} | {name: str(getattr(self, name)) for name in sorted(own)}
-        )
+        own = {
+            name: str(getattr(self, name))
+            for name in sorted(self.model_fields_set)
+            if not _is_flag(name)
+        }
+        if "preset" in own:
+            # Of a file only the name: where it lies is nobody's business.
+            own["preset"] = Path(self.preset).name
+        return json.dumps({"algo": self.algorithm} | own)
 
     def build(self, model: LoadedModel) -> Adapter:
         """Attach the network to every part that trains."""

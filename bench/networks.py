@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kind", nargs="*", default=["linear", "conv"])
+    parser.add_argument("--batch", type=int, nargs="*", default=list(BATCHES))
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
     where = SimpleNamespace(device=given.device, dtype=dtype, mixed=dtype != torch.float32)
@@ -149,7 +150,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for kind in given.kind:
         for side, channels in SIZES:
-            for batch in BATCHES:
+            for batch in given.batch:
                 for rank in RANKS:
                     size: tuple[int, ...] = (batch, side * side, channels)
                     if kind == "conv":

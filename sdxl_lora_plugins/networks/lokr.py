@@ -55,12 +55,15 @@ class LokrLayer(AdaptedLayer):
         self.alpha = 1.0 if whole1 and whole2 else float(rank)
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Give the output with the delta.
+        """Give the output with the delta."""
+        return torch.add(self._base_forward(x), self.delta(x), alpha=self.scale)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """Give what is added to the layer's output for its input, before the scale.
 
         ``network_dropout`` drops single outputs, ``rank_dropout`` whole output channels.
         """
-        delta = self._linear(x) if self._convolution is None else self._convolved(x)
-        return torch.add(self._base_forward(x), self.dropped(delta), alpha=self.scale)
+        return self.dropped(self._linear(x) if self._convolution is None else self._convolved(x))
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the factors, the scale in the first one, and ``alpha`` equal to the rank.

@@ -285,8 +285,8 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample(suffix: str, model: LoadedSd
 
 
 def test_rank_dropout_of_lokr_drops_whole_outputs(model: LoadedSdxl) -> None:
-    layer = a_layer("lokr", model, "in_layers_2", rank_dropout=0.25)
-    x = torch.randn(60, layer._base_forward.__self__.in_channels, 4, 4)  # type: ignore[attr-defined]
+    layer: Any = a_layer("lokr", model, "in_layers_2", rank_dropout=0.25)
+    x = torch.randn(60, layer._base_forward.__self__.in_channels, 4, 4)
     delta = layer.delta(x).detach()
     dropped = (delta == 0).flatten(2).all(-1)
     assert float(dropped.float().mean()) == pytest.approx(0.25, abs=0.05)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
+    from sdxl_train.document import peak_memory
     from sdxl_train.errors import Problem, SdxlTrainError, TrainingError, UserError
     from sdxl_train.finite import is_finite
     from sdxl_train.history import History, StepNumbers
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from sdxl_train.pace import Pace
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
+    from sdxl_train.progress import shows_bars
     from sdxl_train.recorded import recorded_settings
     from sdxl_train.rng import derive_seed
     from sdxl_train.run import Run, RunResult
@@ -78,6 +80,8 @@ _HOMES = {
     "StepResult": "sdxl_train.loop",
     "Checkpoint": "sdxl_train.checkpoint",
     "Pace": "sdxl_train.pace",
+    "peak_memory": "sdxl_train.document",
+    "shows_bars": "sdxl_train.progress",
     "write_atomically": "sdxl_train.checkpoint",
     "ImageRequest": "sdxl_train.pictures",
     "ImageSampler": "sdxl_train.pictures",
@@ -164,12 +168,14 @@ __all__ = [
     "is_finite",
     "limit_norms",
     "named_values",
+    "peak_memory",
     "plan",
     "quiet",
     "read_text",
     "read_toml",
     "recorded_settings",
     "require_fit",
+    "shows_bars",
     "train",
     "write_atomically",
     "write_tensors",

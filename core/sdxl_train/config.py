@@ -56,6 +56,16 @@ class HostOptions(OptionModel):
         False, description="Write the options that were set to --config_file and exit."
     )
 
+    console_log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] | None = Field(
+        None, description="Say nothing that matters less than this. Default: INFO."
+    )
+    console_log_file: Path | None = Field(
+        None, description="Write the log to this file instead, over what is in it."
+    )
+    console_log_simple: bool = Field(
+        False, description="Write lines on a terminal too, no progress bar."
+    )
+
 
 class ComponentOptions(OptionModel):
     """Which component of each kind the run uses. PLUGIN:NAME says whose, where several have it."""

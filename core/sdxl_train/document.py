@@ -108,7 +108,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def memory(device: torch.device) -> dict[str, Any]:
+def peak_memory(device: torch.device) -> dict[str, Any]:
     """Give the most memory that was in use so far: of the GPU, or else of the process."""
     import torch
 

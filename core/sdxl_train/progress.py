@@ -18,6 +18,20 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 10.0
 
 
+_bars_allowed = True
+
+
+def allow_bars(*, allowed: bool) -> None:
+    """Say whether work may be shown as bars in this process."""
+    global _bars_allowed
+    _bars_allowed = allowed
+
+
+def shows_bars() -> bool:
+    """Tell whether to show work as a bar: on a terminal, unless lines are asked for."""
+    return _bars_allowed and sys.stderr.isatty()
+
+
 class _Lines:
     """Tells the rate and the time that is left in lines of the log."""
 
@@ -62,7 +76,7 @@ def progress(title: str, unit: str, *, shown: bool = True) -> Iterator[Callable[
         yield lambda done, total: None
         return
     lines = _Lines(title, unit)
-    if not sys.stderr.isatty():
+    if not shows_bars():
         yield lines.show
     else:
         bar: tqdm[Never]

@@ -32,6 +32,9 @@ MAY_CHANGE = frozenset(
         "output_dir",
         "output_name",
         "plugin",
+        "console_log_level",
+        "console_log_file",
+        "console_log_simple",
         "resume",
         # How long, and what is written and shown on the way.
         "max_train_steps",

@@ -27,7 +27,7 @@ from sdxl_train.data.pruning import Pruned, prune
 from sdxl_train.document import (
     earlier_notes,
     machine,
-    memory,
+    peak_memory,
     speed,
     with_paths,
     write_document,
@@ -483,7 +483,7 @@ class Trainer:
                 self.history.loss_by_image(), {image.key: image.path for image in images}
             ),
             "speed": speed(self.history),
-            "memory": memory(self.accelerator.device),
+            "memory": peak_memory(self.accelerator.device),
             "notes": self.run.notes,
             "results": {
                 "status": self.status,

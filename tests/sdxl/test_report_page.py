@@ -96,7 +96,7 @@ def document(folder: Path) -> dict[str, Any]:
             history.loss_by_image(), {"cats/cat.png": folder / "cat.png"}
         ),
         "speed": run_document.speed(history),
-        "memory": run_document.memory(torch.device("cpu")),
+        "memory": run_document.peak_memory(torch.device("cpu")),
         "notes": {
             "samples": [
                 {**request, "index": index, "step": 100 * step, "epoch": 1, "fault": None,

@@ -11,20 +11,39 @@ from typing import TYPE_CHECKING, TextIO
 
 from sdxl_train.errors import EndedElsewhereError, UserError
 from sdxl_train.launch import launched
+from sdxl_train.progress import allow_bars
 from sdxl_train.remarks import concerns_the_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sdxl_train.config import RunConfig
     from sdxl_train.errors import SdxlTrainError
 
 
 class _Console(logging.StreamHandler[TextIO]):
-    """Writes to what standard error is at the time: tests and notebooks replace it."""
+    """Writes to what standard error is at the time: tests and notebooks replace it.
+
+    Attributes:
+        file: Where it writes instead.
+    """
+
+    file: TextIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
+        # A line of the log goes above a bar, not through it.
+        from tqdm import tqdm
+
+        self.stream = self.file or sys.stderr
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+    def begin_anew(self) -> None:
+        """Write everything to standard error."""
+        self.setLevel(logging.NOTSET)
+        if self.file is not None:
+            self.file.close()
+        self.file = None
 
     def format(self, record: logging.LogRecord) -> str:
         """Give plain text for information, the level in front of what is more."""
@@ -59,12 +78,14 @@ def configure_output() -> None:
         discard_output()
         logging.getLogger().addHandler(logging.NullHandler())
         return
-    root = logging.getLogger()
-    if not any(isinstance(handler, _Console) for handler in root.handlers):
+    console = _console()
+    if console is None:
         console = _Console()
         console.addFilter(concerns_the_run)
         console.addFilter(_Once())
-        root.addHandler(console)
+        logging.getLogger().addHandler(console)
+    console.begin_anew()
+    allow_bars(allowed=True)
     logging.getLogger("sdxl_train").setLevel(logging.INFO)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A console of another encoding must not turn a message into a traceback.
@@ -87,6 +108,36 @@ def hide_from_process_list(secrets: Iterable[str]) -> None:
         while secret and at >= 0:
             ctypes.memset(start + at, ord("*"), len(secret))
             at = words.find(secret, at + len(secret))
+
+
+def _console() -> _Console | None:
+    found = (h for h in logging.getLogger().handlers if isinstance(h, _Console))
+    return next(found, None)
+
+
+def follow_options(config: RunConfig) -> None:
+    """Write as ``--console_log_level``, ``--console_log_file`` and ``--console_log_simple`` say.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    console, options = _console(), config.host
+    if console is None:
+        return
+    level = logging.getLevelNamesMapping()[options.console_log_level or "INFO"]
+    console.setLevel(level)
+    for module in ("sdxl_train", *(type(one).__module__ for one in config.components)):
+        logging.getLogger(module.partition(".")[0]).setLevel(min(level, logging.INFO))
+    allow_bars(allowed=not options.console_log_simple and options.console_log_file is None)
+    if options.console_log_file is not None:
+        try:
+            console.file = options.console_log_file.open("w", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise UserError.of(
+                config.place("console_log_file"),
+                f"{options.console_log_file} cannot be written: {error.strerror}",
+                "name a file in a folder that is there",
+            ) from None
 
 
 def discard_output() -> None:
@@ -113,6 +164,9 @@ def report(error: SdxlTrainError) -> None:
 
 
 def warn(texts: Iterable[str]) -> None:
-    """Print remarks to standard error."""
-    for text in texts if launched().main else ():
-        print(f"warning: {text}", file=sys.stderr)
+    """Print remarks where the log goes, unless they are below its level."""
+    console = _console()
+    if not launched().main or (console is not None and console.level > logging.WARNING):
+        return
+    for text in texts:
+        print(f"warning: {text}", file=(console and console.file) or sys.stderr)

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from sdxl_train.cli.console import hide_from_process_list, warn
+from sdxl_train.cli.console import follow_options, hide_from_process_list, warn
 from sdxl_train.errors import UserError
 from sdxl_train.options import Words
 from sdxl_train.settings import config_path, is_on
@@ -28,6 +28,7 @@ def run(invocation: Invocation) -> int:
         return _write_config(invocation)
     prepared = prepare(invocation.settings, invocation.host)
     _hide_secrets(prepared.config)
+    follow_options(prepared.config)
     warn([*invocation.notices, *prepared.warnings])
 
     if prepared.config.dataset.debug_dataset:

@@ -84,6 +84,7 @@ ELSEWHERE = {
     "tokenizer_cache_dir": "moved in this test",
     "reg_data_dir": "its images are compared by digest",
     "dataset_config": "its images are compared by digest",
+    "in_json": "its images are compared by digest",
     "config_file": "its options are compared one by one",
     "output_config": "trains nothing",
     "debug_dataset": "trains nothing",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 PREFLIGHT = ("sdxl_train.preflight:BatchPlan", 1)
 CACHING = ("sdxl_lora_plugins.model.loaded:LoadedSdxl.encode_images", 2)
 TRAINING = ("sdxl_train.loop:batch_loss", 2)
-SAVING = ("os:fsync", 1)
+SAVING = ("sdxl_train.tensor_file:_bytes", 3)
 SAMPLING = ("sdxl_lora_plugins.observers.sampling:Sampling._take", 1)
 CLOSING = ("sdxl_train.run:Trainer.close", 1)
 

@@ -27,6 +27,7 @@ from sdxl_lora_plugins.commands.merge import Merge
 from sdxl_lora_plugins.commands.new_plugin import NewPlugin
 from sdxl_lora_plugins.commands.resize import Resize
 from sdxl_lora_plugins.observers.ema import Ema
+from sdxl_lora_plugins.observers.hub import HubUpload
 from sdxl_lora_plugins.observers.progress import Progress
 from sdxl_lora_plugins.observers.report import Report
 from sdxl_lora_plugins.observers.samples import SampleImages
@@ -168,6 +169,7 @@ def register_observers() -> dict[str, type[Observer]]:
         "trackers": Trackers,
         "ema": Ema,
         "report": Report,
+        "hub": HubUpload,
     }
 
 

@@ -92,13 +92,13 @@ class Sampling:
         try:
             text = self._texts[index] if self._texts else self._encode(request)
             picture = self.sampler(request, text)
-        except (RuntimeError, ValueError) as error:
-            # Out of memory at this size, or too few steps for this sampler: others may succeed.
-            fault = f"failed: {type(error).__name__}: {error}"
-        else:
             fault = _fault(picture)
             if torch.isfinite(picture).all():
                 path = self._write(picture, index, request, step, epoch)
+        except Exception as error:  # noqa: BLE001 - other pictures may succeed
+            # Out of memory at this size, a full disk; and samplers raise all there is (IndexError,
+            # TypeError) where the steps are too few for them.
+            fault = f"failed: {type(error).__name__}: {error}"
         return SampledImage(
             request=request, index=index, step=step, epoch=epoch, path=path, fault=fault
         )

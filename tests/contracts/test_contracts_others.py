@@ -12,6 +12,7 @@ from sdxl_lora_plugins.commands.inspect import Inspect
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.observers.ema import Ema
 from sdxl_lora_plugins.observers.progress import Progress
+from sdxl_lora_plugins.observers.report import Report
 from sdxl_lora_plugins.observers.trackers import Trackers
 from sdxl_train.testing import CommandContract, ModelContract, ObserverContract
 
@@ -36,6 +37,10 @@ class TestProgress(ObserverContract):
 class TestEma(ObserverContract):
     component = Ema
     options = {"ema_decay": 0.9}
+
+
+class TestReport(ObserverContract):
+    component = Report
 
 
 class TestTrackers(ObserverContract):

@@ -150,3 +150,42 @@ def test_a_broken_vae_is_reported_and_not_fatal(
     run = train_lora(sample_prompts=str(prompts), max_train_steps=1)
     assert not run.result.observer_failures
     assert "is of one colour" in caplog.text
+
+
+def test_a_picture_that_fails_leaves_the_others(
+    train_lora: TrainLora, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    from sdxl_lora_plugins.model.sampling import SdxlSampler
+
+    whole = SdxlSampler.__call__
+
+    def fails(sampler: SdxlSampler, request: ImageRequest, text: Any) -> torch.Tensor:
+        if request.prompt == "a tabby cat":
+            raise IndexError("index 3 is out of bounds")
+        return whole(sampler, request, text)
+
+    monkeypatch.setattr(SdxlSampler, "__call__", fails)
+    run = train_lora(sample_prompts=str(prompts), max_train_steps=1)
+    assert not run.result.observer_failures
+    assert "(a tabby cat) failed: IndexError: index 3 is out of bounds" in caplog.text
+    assert len(sampled(run.folder)) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mixed_precision": "bf16"}, {"v_parameterization": True}],
+    ids=["bf16", "velocity"],
+)
+def test_pictures_of_all_models_show_something(
+    train_lora: TrainLora, prompts: Path, changes: dict[str, Any], tiny_v_folder: Path
+) -> None:
+    if "v_parameterization" in changes:
+        changes = changes | {"pretrained_model_name_or_path": str(tiny_v_folder)}
+    run = train_lora(**changes, sample_prompts=str(prompts), max_train_steps=1)
+    pictures = sampled(run.folder)
+    assert len(pictures) == 2
+    for path in pictures:
+        with Image.open(path) as image:
+            extremes: Any = image.getextrema()
+        # Of each colour: the darkest and the brightest pixel.
+        assert all(darkest < brightest for darkest, brightest in extremes), path

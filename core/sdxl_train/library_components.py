@@ -14,6 +14,7 @@ from pydantic import Field, create_model
 
 from sdxl_train.components import KINDS, Component, Kind, Optimizer, Scheduler
 from sdxl_train.errors import PluginError, Problem, UserError
+from sdxl_train.packing import pack
 from sdxl_train.signatures import arguments_of, fields_of
 
 if TYPE_CHECKING:
@@ -147,16 +148,38 @@ class LibraryOptimizer(OfLibrary, Optimizer):
         return built
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
-        """Let the constructor refuse what a signature does not tell, on a parameter of its own."""
+        """Let it refuse what a signature does not tell: build it and step, on one parameter."""
         if not self.has_signature:
             return
-        from torch import nn, zeros
-
-        group = {"params": [nn.Parameter(zeros(2, 2))], "lr": self.learning_rate, "name": "trial"}
         try:
-            self.build([group])
+            self._try_a_step()
         except UserError as error:
             yield from error.problems
+
+    def _try_a_step(self) -> None:
+        """Take a step.
+
+        Raises:
+            UserError: If it cannot be built, cannot step, or has a state that no file can hold.
+        """
+        from torch import nn, ones
+
+        parameter = nn.Parameter(ones(4, 4))
+        optimizer: Any = self.build(
+            [{"params": [parameter], "lr": self.learning_rate, "name": "trial"}]
+        )
+        parameter.grad = ones(4, 4)
+        try:
+            if self.train_eval_modes:
+                optimizer.train()
+            optimizer.step()
+            pack(optimizer.state_dict(), {}, "its state")
+        except Exception as error:
+            raise UserError.of(
+                "--optimizer_type",
+                f"{self.path} fails in a step as a run takes it: {type(error).__name__}: {error}",
+                "use another optimizer",
+            ) from error
 
     def silent_steps(self) -> int:
         """Give the steps before the variance of rectified Adam is known (Liu et al. 2020)."""

@@ -67,6 +67,21 @@ def test_options_that_only_the_constructor_refuses_are_told_by_the_check() -> No
 
 
 @pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("pytorch_optimizer.AliG", "requires closure"),
+        ("pytorch_optimizer.AdaHessian", "does not require grad"),
+        ("pytorch_optimizer.AdaShift", "no place in a file"),
+    ],
+)
+def test_optimizers_that_fail_in_a_step_are_told_by_the_check(path: str, reason: str) -> None:
+    component: Any = LibraryOptimizer.of(path).resolved()
+    config: Any = None
+    (problem,) = component().check(config)
+    assert reason in problem.message
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "distribution"),
     [
         ("optimizer", "AdamW8bit", "sdxl-train-bitsandbytes"),

@@ -60,12 +60,19 @@ def test_optimizers_take_the_golden_steps(row: dict[str, Any]) -> None:
         assert p.flatten()[:4].tolist() == pytest.approx(row["eval_p0"], abs=1e-6)
 
 
+NEEDED: dict[str, dict[str, Any]] = {
+    "Ranger21": {"num_iterations": 40},
+    "BSAM": {"num_data": 10},
+}
+"""Options that have no default."""
+
+
 class Trial:
     """Factors of a LoRA on their way to a random point, as the loop trains them."""
 
     def __init__(self, name: str, **options: Any) -> None:
         component: Any = FromPytorchOptimizer.of(f"pytorch_optimizer.{name}").resolved()
-        needed = {"Ranger21": {"num_iterations": 40}, "BSAM": {"num_data": 10}}.get(name, {})
+        needed = NEEDED.get(name, {})
         rate = 1.0 if component.single_lr else 1e-3
         draw = torch.Generator().manual_seed(0)
         self.parameters = [
@@ -156,6 +163,10 @@ def test_tables_name_every_optimizer_of_the_library_once() -> None:
 @pytest.mark.parametrize("name", sorted((*FURTHER, *BY_PATH, "CAME", "Lion")))
 def test_every_optimizer_trains_and_resumes_exactly(name: str, tmp_path: Path) -> None:
     assert fault_of(name, tmp_path) == ""
+    component: Any = FromPytorchOptimizer.of(f"pytorch_optimizer.{name}").resolved()
+    needed = NEEDED.get(name, {})
+    config: Any = None
+    assert list(component(**needed).check(config)) == []
 
 
 @pytest.mark.parametrize(("reason", "pattern"), FAULTS.items())

@@ -78,7 +78,7 @@ def _positions(pattern: str, names: Sequence[str], groups: Sequence[str]) -> lis
     if not found:
         near = difflib.get_close_matches(pattern, [*names, *groups], n=5, cutoff=0.4)
         raise ValueError(
-            f"there is no '{pattern}'; {'close are' if near else 'there are'} "
+            f"there is no '{pattern}'; {'close are' if near else 'they are'} "
             f"{', '.join(near or names)}"
         )
     return found

@@ -186,7 +186,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("options", "fault"),
+    ("changes", "fault"),
     [
         ({"loss_type": "scalar"}, r"loss wrong:scalar gave a loss of shape \[\]"),
         ({"loss_type": "by-sample"}, r"loss wrong:by-sample .* \[2, 1, 1, 1\] .* \[2, 4, "),
@@ -199,10 +199,10 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_what_a_component_gives_is_checked_and_blamed_108(
-    options: dict[str, object], fault: str, wrong: Path, train_lora: TrainLora
+    changes: dict[str, object], fault: str, wrong: Path, train_lora: TrainLora
 ) -> None:
     with pytest.raises(TrainingError, match=fault):
-        train_lora(plugin=[str(wrong)], max_train_steps=1, **options)
+        train_lora(plugin=[str(wrong)], max_train_steps=1, **changes)
 
 
 @pytest.mark.parametrize(

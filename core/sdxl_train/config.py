@@ -25,6 +25,7 @@ from sdxl_train.components import (
 from sdxl_train.data.dataset_options import DatasetOptions
 from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import Setting, options_of
+from sdxl_train.process_options import ProcessOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -243,6 +244,7 @@ class RunConfig:
     training: TrainingOptions
     output: OutputOptions
     metadata: MetadataOptions
+    processes: ProcessOptions
     dataset: DatasetOptions
     model: Model
     network: Network
@@ -294,7 +296,7 @@ class RunConfig:
         """
         resolved: dict[str, dict[str, Any]] = {}
         groups: list[OptionModel] = [self.host, self.training, self.output]
-        groups += [self.metadata, self.dataset]
+        groups += [self.metadata, self.processes, self.dataset]
         for entry, component in zip(self.entries, self.components, strict=True):
             selector = entry.kind.selector
             if not entry.kind.stacked:
@@ -344,6 +346,7 @@ CORE_OPTIONS: tuple[type[OptionModel], ...] = (
     TrainingOptions,
     OutputOptions,
     MetadataOptions,
+    ProcessOptions,
     DatasetOptions,
 )
 """The option groups that the framework itself owns, in the order of help."""

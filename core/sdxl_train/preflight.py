@@ -20,7 +20,7 @@ from sdxl_train.machine import machine_problems
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
 from sdxl_train.resolve import Resolver
-from sdxl_train.resume import ResumePoint, differences, find_resume_point
+from sdxl_train.resume import ResumePoint, differences, find_resume_point, process_remark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -93,7 +93,8 @@ def prepare(
             warnings.extend(component.remarks(config))
         problems.extend(config.metadata.check(config))
         problems.extend(_cross_checks(config))
-        problems.extend(_process_problems(config, processes))
+        problems.extend(config.processes.check(config, processes))
+        warnings.extend(config.processes.remarks(config, processes))
         if start:
             problems.extend(machine_problems(config))
         else:
@@ -108,6 +109,8 @@ def prepare(
     resume = None
     if config and scanned and leads:
         resume = _resume_point(config, scanned, problems, processes)
+        if resume and (remark := process_remark(resume, scanned, processes)):
+            warnings.append(remark)
     if config is None or scanned is None or scanned.problems or not scanned.datasets:
         raise UserError(problems)
     seed = resume.manifest.seed if resume else config.training.seed
@@ -269,15 +272,6 @@ def _merge_problems(config: RunConfig) -> Iterator[Problem]:
             place=config.place("base_weights_multiplier"),
             message=f"{multipliers} multipliers for {files} files of base_weights",
             remedy="give one for each file, or fewer: missing ones are 1",
-        )
-
-
-def _process_problems(config: RunConfig, processes: int) -> Iterator[Problem]:
-    if config.training.fused_backward_pass and processes > 1:
-        yield Problem(
-            place=config.place("fused_backward_pass"),
-            message=f"steps before the gradients of all {processes} processes can be added up",
-            remedy="leave it out, or train with one process",
         )
 
 

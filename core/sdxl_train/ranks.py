@@ -15,16 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sdxl_train.errors import EndedElsewhereError, Problem, TrainingError, UserError
+from sdxl_train.launch import launched
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,18 +135,13 @@ class _Told:
 
 
 class SeveralRanks(Ranks):
-    """One of several processes.
-
-    Args:
-        control: Makes the group for roll calls; its tensors are on the CPU.
-    """
+    """One of several processes."""
 
     patience = 3.0
 
-    def __init__(self, control: dist.ProcessGroup) -> None:
+    def __init__(self) -> None:
         self.index = dist.get_rank()
         self.count = dist.get_world_size()
-        self._control = control
         self._stop: signal.Signals | None = None
         self._save = False
         self._over = False
@@ -238,7 +239,7 @@ class SeveralRanks(Ranks):
             UserError: If another process found the user's input wrong.
         """
         word = torch.tensor([error is not None, *self._signalled()], dtype=torch.int64)
-        self._connected(lambda: dist.all_reduce(word, group=self._control))
+        self._connected(lambda: dist.all_reduce(word))
         failed, interrupts, terminations, saves = word.tolist()
         self._stop = signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
         self._save |= bool(saves)
@@ -269,7 +270,7 @@ class SeveralRanks(Ranks):
 
     def _gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.count
-        self._connected(lambda: dist.all_gather_object(values, value, group=self._control))
+        self._connected(lambda: dist.all_gather_object(values, value))
         return values
 
     def _connected(self, meeting: Callable[[], object]) -> None:
@@ -287,23 +288,30 @@ class SeveralRanks(Ranks):
         """Wait until every process has done what an error leaves to do: the main one saves."""
         if not self._lost:
             try:
-                dist.barrier(group=self._control)
+                dist.all_reduce(torch.zeros(1))
             except RuntimeError as error:
                 logger.debug("%s", error)
 
 
-def join(device: torch.device) -> Ranks:
-    """Give this process's place among those that were launched.
+def join(timeout_minutes: int | None = None) -> Ranks:
+    """Meet the other processes that were launched, if any.
 
     Args:
-        device: Where it trains.
+        timeout_minutes: How long to wait for one that does not come. Default: torch's own limit.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    here = launched()
+    if here.count == 1:
         return ALONE
-    world = dist.group.WORLD
-    assert world is not None
-    control = world if device.type == "cpu" else dist.new_group(backend="gloo")
-    return SeveralRanks(control)
+    if not dist.is_initialized():
+        timeout = default_pg_timeout
+        if timeout_minutes is not None:
+            timeout = timedelta(minutes=timeout_minutes)
+        store, index, count = next(rendezvous("env://", here.index, here.count, timeout=timeout))
+        # A job that starts anew may find the addresses of its earlier processes in the store.
+        again = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        # Without a named backend CPU tensors go over gloo, those of a GPU over its own.
+        dist.init_process_group(store=again, rank=index, world_size=count, timeout=timeout)
+    return SeveralRanks()
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

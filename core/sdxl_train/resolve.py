@@ -32,6 +32,7 @@ from sdxl_train.errors import Problem
 from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import Setting, Words, options_of, parse_pairs, suggestion, validate
 from sdxl_train.plugins import PluginError
+from sdxl_train.process_options import ProcessOptions
 from sdxl_train.settings import is_on, texts_of
 
 if TYPE_CHECKING:
@@ -93,16 +94,19 @@ class Resolver:
         built = [(entry, self._build(entry)) for entry in entries]
         training, output = self._core(TrainingOptions), self._core(OutputOptions)
         metadata, dataset = self._core(MetadataOptions), self._core(DatasetOptions)
+        processes = self._core(ProcessOptions)
         self._refuse_collisions(entries)
         self._refuse_leftovers(entries)
         config = None
-        if host and training and output and metadata and dataset and self._complete(built):
+        whole = host and training and output and metadata and processes and dataset
+        if whole and self._complete(built):
             config = self._config(
                 built,
                 host=host,
                 training=training,
                 output=output,
                 metadata=metadata,
+                processes=processes,
                 dataset=dataset,
             )
         return Resolution(

@@ -13,7 +13,7 @@ from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.state import Manifest, complete_states, read_manifest, states_nearby
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sdxl_train.config import RunConfig
     from sdxl_train.data.sources import Scan
@@ -74,6 +74,9 @@ MAY_CHANGE = frozenset(
         "allow_base_change",
         "drop_plugin_state",
         "device",
+        "ddp_timeout",
+        "ddp_gradient_as_bucket_view",
+        "ddp_static_graph",
         # How the same batches come about. (How many are encoded at once decides the last bits.)
         "on_bad_image",
         "cache_latents",
@@ -83,8 +86,10 @@ MAY_CHANGE = frozenset(
         "skip_cache_check",
         "max_data_loader_n_workers",
         "persistent_data_loader_workers",
-        # Compared apart: the seed of the state serves when the run names none.
+        # Compared apart: the seed of the state serves when the run names none, and twice the
+        # processes with half the batch train the same.
         "seed",
+        "train_batch_size",
     }
 )
 """The framework's options that a resumed run may set otherwise; components name their own."""
@@ -130,10 +135,19 @@ def find_resume_point(config: RunConfig) -> ResumePoint | None:
 
 
 def differences(
-    point: ResumePoint, config: RunConfig, scan: Scan, processes: int = 1
+    point: ResumePoint, config: RunConfig, scan: Scan, processes: int
 ) -> Iterator[Problem]:
     """Yield what the run asks for otherwise than the state and must not."""
-    before, now = point.manifest.options, shaping_options(config)
+    manifest = point.manifest
+    sizes_before, sizes = list(manifest.batch_sizes), batch_sizes(scan)
+    if sizes_before not in (sizes, [size * processes / manifest.processes for size in sizes]):
+        yield Problem(
+            place=config.place("train_batch_size"),
+            message=f"{_sizes(sizes, processes)} now, "
+            f"{_sizes(sizes_before, manifest.processes)} in {point.folder}",
+            remedy="set it as it was, or start a new run without --resume",
+        )
+    before, now = manifest.options, shaping_options(config)
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             yield Problem(
@@ -163,13 +177,6 @@ def differences(
                 f"in {point.folder}",
                 remedy="install and name the version that saved the state",
             )
-    if processes != point.manifest.processes:
-        yield Problem(
-            place=config.place("resume"),
-            message=f"{processes} processes train now, {point.manifest.processes} in "
-            f"{point.folder}: the same steps would see other images",
-            remedy=f"launch {point.manifest.processes}",
-        )
     yield from _absent_observers(point, config)
 
 
@@ -185,6 +192,29 @@ def _absent_observers(point: ResumePoint, config: RunConfig) -> Iterator[Problem
                 message=f"observer {name} kept something in {point.folder}, and is not in use now",
                 remedy=f"add --observer {name}, or go on without it by --drop_plugin_state",
             )
+
+
+def process_remark(point: ResumePoint, scan: Scan, processes: int) -> str | None:
+    """Say that a run goes on with other batches, because it has another number of processes."""
+    before, now = point.manifest, batch_sizes(scan)
+    if processes == before.processes or list(before.batch_sizes) != now:
+        return None
+    return (
+        f"{point.folder} is of a run with {_sizes(before.batch_sizes, before.processes)}; this one "
+        f"has {_sizes(now, processes)}: it goes on with the same weights, but with other batches. "
+        f"The product of both numbers is what should stay the same"
+    )
+
+
+def _sizes(sizes: Sequence[int], processes: int) -> str:
+    """Word batch sizes: ``2 images for each of 2 processes``."""
+    images = " and ".join(str(size) for size in dict.fromkeys(sizes))
+    return f"batches of {images} for each of {processes} process{'es' if processes > 1 else ''}"
+
+
+def batch_sizes(scan: Scan) -> list[int]:
+    """Give the samples of a batch of each dataset, for each process."""
+    return [dataset.config.batch_size for dataset in scan.datasets]
 
 
 def shaping_options(config: RunConfig) -> dict[str, Any]:
@@ -212,7 +242,7 @@ def dataset_digest(scan: Scan) -> str:
             )
             for subset in dataset.config.subsets
         ]
-        digest.update(repr((dataset.config.batch_size, subsets)).encode())
+        digest.update(repr(subsets).encode())
         for image in dataset.images:
             facts = (image.key, image.size, image.caption, image.repeats, image.is_reg, image.fit)
             digest.update(repr(facts).encode())

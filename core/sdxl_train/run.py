@@ -157,8 +157,8 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
     """
     plugins = list(prepared.host.enabled.values())
     try:
+        ranks = join(prepared.config.processes.ddp_timeout)
         accelerator = make_accelerator(prepared.config)
-        ranks = join(accelerator.device)
         with ranks.together():
             return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks)
     except BaseException as error:
@@ -213,9 +213,9 @@ def prune_caches(prepared: Prepared) -> list[Pruned]:
 def _encoding(prepared: Prepared, *, imports_latents: bool = False) -> Iterator[Supply]:
     """Make what encodes images and captions, exactly as a run does, networks to merge included."""
     try:
+        ranks = join(prepared.config.processes.ddp_timeout)
         accelerator = make_accelerator(prepared.config)
         device = accelerator.device
-        ranks = join(device)
         with ranks.together():
             model = assemble(prepared.config, device, prepared.seed).model
             supply = Supply(

@@ -19,7 +19,7 @@ from sdxl_train.checkpoint import (
     state_name,
 )
 from sdxl_train.disk import require_room
-from sdxl_train.resume import dataset_digest, model_identity, shaping_options
+from sdxl_train.resume import batch_sizes, dataset_digest, model_identity, shaping_options
 from sdxl_train.state import Manifest, load_optimizer, load_parameters, save_state
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ class Saver:
             model=model_identity(self.record.described),
             plugins={plugin.name: plugin.version for plugin in config.plugins},
             observers=tuple(watched["observers"]),
+            batch_sizes=batch_sizes(prepared.scan),
             processes=prepared.processes,
         )
         save_state(

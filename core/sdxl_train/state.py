@@ -55,6 +55,7 @@ class Manifest:
         model: Identity of the base model.
         plugins: Version of each plugin by name.
         observers: Names of the observers that keep something in it.
+        batch_sizes: Samples of a batch of each dataset, for each process.
         processes: How many trained together.
     """
 
@@ -66,6 +67,7 @@ class Manifest:
     model: str
     plugins: Mapping[str, str]
     observers: Sequence[str] = ()
+    batch_sizes: Sequence[int] = ()
     processes: int = 1
     sdxl_train: str = __version__
     schema_version: int = SCHEMA_VERSION

@@ -123,7 +123,7 @@ def test_a_state_of_more_processes_goes_on_and_says_so_97(
 ) -> None:
     state = shutil.copytree(first.folder / "photo-state", tmp_path / "photo-state")
     manifest = json.loads((state / "state.json").read_text(encoding="utf-8"))
-    changed = json.dumps({**manifest, "processes": 2})
+    changed = json.dumps({**manifest, "processes": 2, "plugins": {}})
     (state / "state.json").write_text(changed, encoding="utf-8")
     code, text = planned(["--resume", str(state)], lr_scheduler="constant", max_train_steps=3)
     assert code == 0, text

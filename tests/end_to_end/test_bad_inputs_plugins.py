@@ -193,8 +193,8 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"loss_type": "nothing"}, "loss wrong:nothing gave a NoneType, expected a tensor"),
         ({"timestep_sampling": "late"}, "wrong:late gave timesteps from 1000 .* 0 to 999"),
         ({"timestep_sampling": "early"}, "timesteps wrong:early gave timesteps from -1 to -1"),
-        ({"timestep_sampling": "fractions"}, "wrong:fractions .* float32, expected .* int64"),
-        ({"flat": True}, r"noise wrong:flat gave noise of shape \[2, 1, 8, [48]\]"),
+        ({"timestep_sampling": "fractions"}, "wrong:fractions .*float32, expected .*int64"),
+        ({"flat": True}, r"noise wrong:flat gave noise of shape \[2, 1, \d, \d\]"),
         ({"whole": True}, r"weighting wrong:whole gave weights of shape \[2, 4\]"),
     ],
 )

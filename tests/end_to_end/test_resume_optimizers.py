@@ -38,20 +38,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "its own rate": {"optimizer_type": "Prodigy", "learning_rate": 1, **WARM},
     "factored": {"optimizer_type": "Adafactor"},
-    "by a dotted path": {"optimizer_type": "pytorch_optimizer.CAME", **WARM},
+    # Blocked, the plugin that has declared this class leaves it to the constructor's signature.
+    "by a dotted path": {
+        "optimizer_type": "pytorch_optimizer.CAME",
+        "plugin": ["no:optimizers"],
+        **WARM,
+    },
 }
 
 
-NOT_YET = pytest.mark.xfail(reason="CAME goes on otherwise than it would have: to be found out")
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=NOT_YET) if name == "by a dotted path" else name
-        for name in FAMILIES
-    ],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_optimizers_resumes_exactly(
     family: str, train_lora: TrainLora, same_tensors: SameTensors, tmp_path: Path
 ) -> None:

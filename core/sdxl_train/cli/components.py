@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.cli.console import warn
 from sdxl_train.cli.curves import plot
-from sdxl_train.cli.help import component_lines
+from sdxl_train.cli.help import by_component, component_lines
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.cli.schema import documents
 from sdxl_train.components import KINDS
@@ -116,9 +116,9 @@ def _chosen_by(entry: Entry) -> str:
 def _listing(entries: list[Entry], *, in_full: bool) -> list[str]:
     lines: list[str] = []
     kind = ""
-    for entry in entries:
+    for names, entry in by_component(entries):
         if entry.kind.name != kind:
             kind = entry.kind.name
             lines.append(f"{kind} ({_chosen_by(entry)})" if entry.kind.selector else kind)
-        lines += component_lines(entry, in_full=in_full)
+        lines += component_lines(names, entry, in_full=in_full)
     return lines

@@ -44,11 +44,11 @@ def training_help(registry: Registry, core_commands: Mapping[str, CoreCommand]) 
     lines = [USAGE, "", "Commands (sdxl-train COMMAND --help says more)"]
     for name, command in core_commands.items():
         lines += _row(name, command.summary)
-    for names, entry in _by_component(registry.entries(KIND_BY_NAME["command"])):
+    for names, entry in by_component(registry.entries(KIND_BY_NAME["command"])):
         lines += _row(", ".join(names), _first_line(entry.component))
     offered = {kind.selector: _choices(registry, kind) for kind in KINDS if kind.selector}
     for model in CORE_OPTIONS:
-        lines += ["", *_wrapped(_first_line(model).rstrip("."), "")]
+        lines += ["", *wrapped(_first_line(model).rstrip("."), "")]
         for option in options_of(model).values():
             lines += _option_rows(option, offered.get(option.name, ""))
     for kind in KINDS:
@@ -71,10 +71,10 @@ def command_help(entry: Entry) -> str:
     return "\n".join(lines)
 
 
-def component_lines(entry: Entry, *, in_full: bool) -> list[str]:
+def component_lines(names: list[str], entry: Entry, *, in_full: bool) -> list[str]:
     """Give a component in a line, or with all that it says of itself and its options."""
     mark = ", the default" if entry.component.default else ""
-    lines = _row(entry.name, f"{_first_line(entry.component)} [{entry.plugin}{mark}]")
+    lines = _row(", ".join(names), f"{_first_line(entry.component)} [{entry.plugin}{mark}]")
     if in_full:
         rest = inspect.cleandoc(entry.component.__doc__ or "").partition("\n")[2].strip()
         lines += ["", *textwrap.indent(rest, "    ").split("\n")] if rest else []
@@ -87,12 +87,12 @@ def component_lines(entry: Entry, *, in_full: bool) -> list[str]:
 def _kind_section(kind: Kind, registry: Registry) -> Iterator[str]:
     """Give the options of a kind, once, and under each component its own."""
     yield ""
-    yield from _wrapped(f"{_first_line(kind.base).rstrip('.')} (--{kind.selector})", "")
+    yield from wrapped(f"{_first_line(kind.base).rstrip('.')} (--{kind.selector})", "")
     shared = kind.base.model_fields
     for option in options_of(kind.base).values():
         yield from _option_rows(option)
-    for names, entry in _by_component(registry.entries(kind)):
-        yield from _wrapped(
+    for names, entry in by_component(registry.entries(kind)):
+        yield from wrapped(
             f"{', '.join(names)} [plugin {entry.plugin}]: {_first_line(entry.component)}", "  * "
         )
         for name, option in options_of(entry.component).items():
@@ -101,11 +101,11 @@ def _kind_section(kind: Kind, registry: Registry) -> Iterator[str]:
                 yield from _option_rows(option)
 
 
-def _by_component(entries: Iterable[Entry]) -> Iterator[tuple[list[str], Entry]]:
-    """Put the names of one component together."""
-    grouped: dict[type[OptionModel], list[Entry]] = {}
+def by_component(entries: Iterable[Entry]) -> Iterator[tuple[list[str], Entry]]:
+    """Put the names together that a plugin gives to one component."""
+    grouped: dict[tuple[str, type[OptionModel]], list[Entry]] = {}
     for entry in entries:
-        grouped.setdefault(entry.component, []).append(entry)
+        grouped.setdefault((entry.plugin, entry.component), []).append(entry)
     for same in grouped.values():
         yield [entry.name for entry in same], same[0]
 
@@ -151,14 +151,15 @@ def _unbroken(text: str) -> str:
 
 def _row(left: str, right: str) -> list[str]:
     """Set a line in two columns, argparse's way."""
-    lines = _wrapped(right, " " * _COLUMN)
+    lines = wrapped(right, " " * _COLUMN)
     left = f"  {left}"
     if len(left) > _COLUMN - 2:
         return [left, *lines]
     return [f"{left:<{_COLUMN}}{lines[0].strip()}", *lines[1:]] if lines else [left]
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
+def wrapped(text: str, indent: str) -> list[str]:
+    """Give a text in lines that fit the terminal, between 80 and 100 columns."""
     width = min(max(shutil.get_terminal_size().columns, 80), 100)
     lines = textwrap.wrap(
         text,

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train.cli.console import warn
+from sdxl_train.cli.help import wrapped
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.errors import PluginError, UserError
 from sdxl_train.loading import canonical
@@ -88,4 +89,4 @@ def _print_row(row: dict[str, Any]) -> None:
     elif row["provides"] is None:
         print(f"    not imported; `sdxl-train plugins {row['name']}` asks it what it provides")
     for kind, names in (row["provides"] or {}).items():
-        print(f"    {kind}: {', '.join(names)}")
+        print("\n".join(wrapped(f"{kind}: {', '.join(names)}", "    ")))

@@ -201,6 +201,14 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Have the commands of tests hear SIGINT, though a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """Compute in one thread: for tensors this small, several only get in each other's way."""
     before = torch.get_num_threads()

@@ -116,9 +116,13 @@ def prepare(
     seed = resume.manifest.seed if resume else config.training.seed
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
+    num_batches = count_batches(scanned.datasets, processes)
+    if not num_batches:
+        # Why there are no images is among the problems.
+        raise UserError(problems)
     counts = StepCounts.of(
         config.training,
-        count_batches(scanned.datasets, processes),
+        num_batches,
         warmup=config.scheduler.lr_warmup_steps,
         decay=config.scheduler.decay(),
     )

@@ -49,7 +49,7 @@ def test_what_has_no_place_in_a_file_is_named() -> None:
 def test_rates_that_differ_are_refused_where_only_one_is_possible() -> None:
     config: Any = SimpleNamespace(
         optimizer=SimpleNamespace(single_lr=True),
-        settings={"unet_lr": None, "text_encoder_lr": None, "seed": None},
+        given_rates=lambda: ["--unet_lr", "--text_encoder_lr"],
         place=lambda name: f"--{name}",
         name_of=lambda kind: "Prodigy",
     )

@@ -59,6 +59,8 @@ def test_args_reach_their_component(site: Site, resolve: Resolve) -> None:
         "network_alpha": 1.0,
         "network_dropout": None,
         "network_weights": None,
+        "base_weights": None,
+        "base_weights_multiplier": None,
         "rings": 5,
         "tokens": "a=b,c",
     }

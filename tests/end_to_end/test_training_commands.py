@@ -254,6 +254,7 @@ def test_run_matches_its_plan(options: MakeOptions, train_lora: TrainLora) -> No
         "batches_per_epoch": 5,
         "epochs": 3,
         "optimizer_steps": 6,
+        "processes": 1,
         "warmup_steps": 2,
     }
     assert [step["step"] for step in run.steps] == list(range(1, 7))

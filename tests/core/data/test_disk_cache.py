@@ -251,7 +251,8 @@ def test_a_bad_entry_is_made_anew_with_one_warning(
         again = open_store(look())
 
     assert again.report() == "latents on disk: 1 rebuilt (damaged), 2 reused"
-    assert [str(bad) in record.getMessage() for record in caplog.records] == [True]
+    ours = [record for record in caplog.records if record.name.startswith("sdxl_train")]
+    assert [str(bad) in record.getMessage() for record in ours] == [True]
     assert fill(look(), again) == 1
     assert torch.equal(again.get((0, 0, False))["latents"], whole)
 

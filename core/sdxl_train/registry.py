@@ -192,7 +192,10 @@ class Registry:
     def _unknown(self, kind: Kind, name: str) -> str:
         installed = [*self.host.enabled.values(), *self.host.load_rest()]
         names = [entry.name for plugin in installed for entry in _entries(plugin, kind)]
-        hint = suggestion(name, sorted(set(names)))
+        hint = (
+            suggestion(name, sorted(set(names)))
+            or f"`sdxl-train components {kind.name}` lists those of the enabled plugins"
+        )
         text = f"no {kind.name} is called '{name}'"
         sibling = sibling_with(kind.name, name)
         if sibling is not None and sibling not in {p.found.distribution for p in installed}:

@@ -175,6 +175,12 @@ def test_an_enabled_plugin_that_the_run_does_not_use_is_noted(site: Site, resolv
     ]
 
 
+def test_a_name_like_no_other_is_told_with_where_to_look(resolve: Resolve) -> None:
+    (text,) = _problems(resolve("--optimizer_type", "zzzz"))
+
+    assert "no optimizer is called 'zzzz'; `sdxl-train components optimizer` lists" in text
+
+
 def test_a_wrong_component_name_is_told_with_all_else_that_is_wrong(resolve: Resolve) -> None:
     line = "--network_module lorra --lr_scheduler cosin --seed -1 --optimizer_type Adm"
     texts = _problems(resolve(*line.split()))

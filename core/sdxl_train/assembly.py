@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sdxl_train.errors import UserError
-from sdxl_train.rng import derive_seed
+from sdxl_train.rng import derive_seed, global_generators_kept, seed_global_generators
 from sdxl_train.weights import start_from
 
 if TYPE_CHECKING:
@@ -69,9 +69,9 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     if networks := config.network.merged():
         # Before the network is attached: DoRA begins with the norms of the merged weights.
         model.merge_networks(networks)
-    # Initialisers know only the global generator; what they draw must not depend on its past.
-    with torch.random.fork_rng():
-        torch.manual_seed(derive_seed(seed, "init"))
+    # Initialisers know only global generators; what they draw must not depend on their past.
+    with global_generators_kept():
+        seed_global_generators(derive_seed(seed, "init"))
         adapter = config.network.build(model)
     if config.network.network_weights is not None:
         place = config.place("network_weights")

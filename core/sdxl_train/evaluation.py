@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
+
+from sdxl_train.rng import global_generators_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +53,7 @@ class Evaluation:
         multiplier and the global random states (torch, numpy, Python) are bit for bit as before.
         """
         with ExitStack() as stack:
-            stack.enter_context(_random_states_kept())
+            stack.enter_context(global_generators_kept())
             stack.enter_context(self.final_weights())
             stack.enter_context(self._modes_kept())
             stack.enter_context(torch.no_grad())
@@ -97,17 +97,3 @@ class Evaluation:
     def _roots(self) -> Sequence[nn.Module]:
         model, adapter = self.assembly.model, self.assembly.adapter
         return [model.denoiser, *model.text_encoders, *adapter.modules()]
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    # Asking a device for its state starts it; others than this run's are not to be touched.
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = [torch.cuda.current_device()] if started else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

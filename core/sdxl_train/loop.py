@@ -15,6 +15,7 @@ import torch
 from sdxl_train.data.batches import Batch, Share
 from sdxl_train.errors import TrainingError
 from sdxl_train.masks import masked_mean
+from sdxl_train.rng import seed_global_generators
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -159,6 +160,8 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         losses, samples = step.add_up([means, torch.cat([part.samples for part in parts])])
         grad_norm = step.clip()
         _require_finite(losses, grad_norm, number, group, parts, step)
+        # Some optimizers draw, from global generators; each process has to draw the same.
+        seed_global_generators(step.streams.seed_for("update", number))
         step.updating = True
         step.optimizer.step()
         estimates = _estimated_rates(step.optimizer)
@@ -246,8 +249,8 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     noise, input_noise = noise[own], input_noise[own]
     noisy = step.add_noise(latents, input_noise, timesteps)
 
-    # Dropout layers know only the global generator.
-    torch.manual_seed(step.streams.seed_for("dropout", *where, share.first))
+    # Dropout layers know only global generators.
+    seed_global_generators(step.streams.seed_for("dropout", *where, share.first))
     step.prepare_step(timesteps)
     with step.autocast():
         prediction = step.predict(noisy, timesteps, step.condition(batch))

@@ -8,9 +8,13 @@ needs no saved generator state: it derives the same draws from the same step.
 from __future__ import annotations
 
 import hashlib
+import random
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
 
@@ -20,6 +24,37 @@ def derive_seed(seed: int, *names: object) -> int:
     # Names of files may be no UTF-8.
     data = text.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+
+
+def seed_global_generators(seed: int) -> None:
+    """Seed the generators of torch, numpy and Python.
+
+    For code that draws from them without asking: dropout layers, initialisers, some optimizers.
+    """
+    import numpy as np
+    import torch
+
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+@contextmanager
+def global_generators_kept() -> Iterator[None]:
+    """Give back the generators of torch, numpy and Python as they were."""
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    # Asking a device for its state starts it; others than this run's are not to be touched.
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = [torch.cuda.current_device()] if started else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 class Streams:

@@ -1,0 +1,29 @@
+"""What every test of this repository starts with."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(autouse=True)
+def log_as_in_a_new_process() -> Iterator[None]:
+    """Take back what a command run within this process did to the log: its console, its levels."""
+    _reset_log()
+    yield
+    _reset_log()
+
+
+def _reset_log() -> None:
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if type(handler).__module__.startswith("sdxl_train."):
+            root.removeHandler(handler)
+    for name, logger in logging.Logger.manager.loggerDict.items():
+        if name.startswith("sdxl_") and isinstance(logger, logging.Logger):
+            logger.setLevel(logging.NOTSET)

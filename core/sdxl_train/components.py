@@ -571,6 +571,25 @@ class Observer(Component):
         """
         return ()
 
+    def fetch_state(self, config: RunConfig, files: Sequence[str]) -> Path | None:
+        """Bring the state that ``--resume`` names here, where this observer knows how.
+
+        Asked before the start, by the main process only. The state is then checked as one that
+        always lay here.
+
+        Args:
+            config: The run's options.
+            files: Names of the files of the state that are needed now, its manifest first. A plan
+                needs no more than that one.
+
+        Returns:
+            The folder that holds them; None if the option names no state for this observer.
+
+        Raises:
+            UserError: If the state is not there, or cannot be had.
+        """
+        return None
+
     @abstractmethod
     def build(self, run: Run) -> object:
         """Build an object whose methods are named after events (see :mod:`.hookspecs`)."""

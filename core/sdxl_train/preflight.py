@@ -108,7 +108,7 @@ def prepare(
     leads = launched().main
     resume = None
     if config and scanned and leads:
-        resume = _resume_point(config, scanned, problems, processes)
+        resume = _resume_point(config, scanned, problems, processes, start=start)
         if resume and (remark := process_remark(resume, scanned, processes)):
             warnings.append(remark)
     if config is None or scanned is None or scanned.problems or not scanned.datasets:
@@ -186,10 +186,10 @@ def _steps_done(
 
 
 def _resume_point(
-    config: RunConfig, scanned: Scan, problems: list[Problem], processes: int
+    config: RunConfig, scanned: Scan, problems: list[Problem], processes: int, *, start: bool
 ) -> ResumePoint | None:
     try:
-        point = find_resume_point(config)
+        point = find_resume_point(config, whole=start and not problems)
     except UserError as error:
         problems.extend(error.problems)
         return None

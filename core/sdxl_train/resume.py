@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.metadata_options import MetadataOptions
-from sdxl_train.state import Manifest, complete_states, read_manifest, states_nearby
+from sdxl_train.state import (
+    FILES,
+    MANIFEST,
+    WEIGHT_FILES,
+    Manifest,
+    complete_states,
+    read_manifest,
+    states_nearby,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -103,19 +111,29 @@ class ResumePoint:
     manifest: Manifest
 
 
-def find_resume_point(config: RunConfig) -> ResumePoint | None:
+def find_resume_point(config: RunConfig, *, whole: bool) -> ResumePoint | None:
     """Find the state that ``--resume`` names; None without that option.
 
     ``latest`` is the newest complete state of this run's name in its output folder; with none
     there yet, the run starts from the beginning, so that one command serves every start of a job.
 
+    Args:
+        config: The run's options.
+        whole: Bring all of a state that lies elsewhere, or no more than its manifest.
+
     Raises:
-        UserError: If the named folder is no complete state.
+        UserError: If there is no complete state under that name, or it cannot be had.
     """
     named = config.training.resume
     if named is None:
         return None
-    if named == LATEST:
+    needed: Sequence[str] = WEIGHT_FILES if config.training.reset_optimizer else FILES
+    wanted = needed if whole else (MANIFEST,)
+    brought = (observer.fetch_state(config, wanted) for observer in config.observers)
+    folder = next((folder for folder in brought if folder is not None), None)
+    if folder is not None:
+        needed = wanted
+    elif named == LATEST:
         output = config.output
         states = (
             complete_states(output.output_dir, output.output_name)
@@ -131,7 +149,13 @@ def find_resume_point(config: RunConfig) -> ResumePoint | None:
             fault = "is a file, no state's folder" if folder.exists() else "does not exist"
             message = f"{folder} {fault}"
             raise UserError.of(config.place("resume"), message, states_nearby(folder))
-    return ResumePoint(folder=folder, manifest=read_manifest(folder))
+    manifest = read_manifest(folder)
+    for name in needed:
+        if not (folder / name).is_file():
+            raise UserError.of(
+                str(folder), f"is no complete state: it has no {name}", states_nearby(folder)
+            )
+    return ResumePoint(folder=folder, manifest=manifest)
 
 
 def differences(

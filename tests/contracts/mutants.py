@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import pytest
 import torch
 from pydantic import ConfigDict
 from torch.optim import SGD
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sdxl_train import NoiseSchedule, StepPlan
+    from sdxl_train.testing.fixtures import TinyModel
 
 CAUGHT_BY: dict[str, str] = {}
 """The check that must fail, by the name of the contract's class here."""
@@ -977,82 +979,91 @@ def seeding(model: Any) -> None:
     torch.manual_seed(0)
 
 
+class OnOneTinyModel(ModelContract):
+    """Spares each mutant writing the model that all of them break alike."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def path(cls, tiny_model: TinyModel) -> Path:
+        return tiny_model.path
+
+
 @caught_by("test_base_is_frozen")
-class TestThawed(ModelContract):
+class TestThawed(OnOneTinyModel):
     component = model_of(thawed)
 
 
 @caught_by("test_parts_name_layers_that_exist")
-class TestTwiceNamed(ModelContract):
+class TestTwiceNamed(OnOneTinyModel):
     component = model_of(twice_named)
 
 
 @caught_by("test_plan_needs_no_weights")
-class TestLessOnMeta(ModelContract):
+class TestLessOnMeta(OnOneTinyModel):
     component = model_of(less_on_meta)
 
 
 @caught_by("test_images_become_latents")
-class TestBlurred(ModelContract):
+class TestBlurred(OnOneTinyModel):
     component = model_of(blurred)
 
 
 @caught_by("test_captions_are_encoded_one_by_one")
-class TestMingled(ModelContract):
+class TestMingled(OnOneTinyModel):
     component = model_of(mingled)
 
 
 @caught_by("test_tokens_are_counted")
-class TestUncounted(ModelContract):
+class TestUncounted(OnOneTinyModel):
     component = model_of(uncounted)
 
 
 @caught_by("test_prompts_are_encoded_like_captions")
-class TestOtherPrompts(ModelContract):
+class TestOtherPrompts(OnOneTinyModel):
     component = model_of(other_prompts)
 
 
 @caught_by("test_prediction_is_that_of_the_latents_shape")
-class TestTimeless(ModelContract):
+class TestTimeless(OnOneTinyModel):
     component = model_of(timeless)
 
 
 @caught_by("test_target_is_that_of_the_schedule")
-class TestNegativeTarget(ModelContract):
+class TestNegativeTarget(OnOneTinyModel):
     component = model_of(negative)
 
 
 @caught_by("test_schedule_falls")
-class TestRising(ModelContract):
+class TestRising(OnOneTinyModel):
     component = model_of(rising)
 
 
 @caught_by("test_identities_tell_models_apart")
-class TestAnonymous(ModelContract):
+class TestAnonymous(OnOneTinyModel):
     component = model_of(anonymous)
 
 
 @caught_by("test_network_is_read_under_its_names")
-class TestIlliterate(ModelContract):
+class TestIlliterate(OnOneTinyModel):
     component = model_of(illiterate)
 
 
 @caught_by("test_picture_is_the_same_each_time")
-class TestMoody(ModelContract):
+class TestMoody(OnOneTinyModel):
     component = model_of(moody)
 
 
 @caught_by("test_metadata_is_text")
-class TestTalkative(ModelContract):
+class TestTalkative(OnOneTinyModel):
     component = model_of(talkative)
 
 
 @caught_by("test_encoders_can_be_freed")
-class TestHoarding(ModelContract):
+class TestHoarding(OnOneTinyModel):
     component = model_of(hoarding)
     options = {"network_train_unet_only": True}
 
 
 @caught_by("test_process_is_left_alone")
-class TestSeeding(ModelContract):
+class TestSeeding(OnOneTinyModel):
     component = model_of(seeding)

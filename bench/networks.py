@@ -6,7 +6,8 @@ The layers are SDXL's: an attention projection at 64x64 and at 32x32 latent pixe
 [1024, 1280] activations for each image), and the 3x3 convolution of a resnet of that size. The
 adapters take turns, so that what else the machine does hits all alike; the fastest of the repeats
 counts, the one least disturbed. On a CPU it is the time of this process alone, in one thread. The
-last column is the fastest of the others over ours: 1 or more is at least as fast.
+last columns are the fastest of the others over ours, where 1 or more is at least as fast, and
+between which values the middle half of this ratio lies, taken turn by turn.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import logging
 import platform
+import statistics
 import time
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -31,8 +33,8 @@ if TYPE_CHECKING:
 
     Step = Callable[[], None]
 
-SIZES = ((64, 640), (32, 1280))
-"""Side in latent pixels, and channels."""
+SIZES = {64: 640, 32: 1280}
+"""Channels by side in latent pixels."""
 BATCHES = (1, 4)
 RANKS = (16, 64)
 
@@ -115,8 +117,10 @@ def make_steps(shape: tuple[int, ...], rank: int, where: Any) -> dict[str, Step]
     return {name: step_of(make) for name, make in makers.items()}
 
 
-def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Give the fewest seconds of each step; they take turns in changing order."""
+def measure(
+    steps: dict[str, Step], repeats: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Give the seconds of each step in each turn; they take turns in changing order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for turn in range(repeats + 1):
@@ -125,7 +129,21 @@ def measure(steps: dict[str, Step], repeats: int, clock: Callable[[], float]) ->
             steps[name]()
             times[name].append(clock() - started)
     # The first turn warms up.
-    return {name: min(taken[1:]) for name, taken in times.items()}
+    return {name: taken[1:] for name, taken in times.items()}
+
+
+def cells(taken: dict[str, list[float]]) -> list[str]:
+    """Give the columns of a row: the fastest turn of each, and how the best of the others fares."""
+    least = {name: min(times) for name, times in taken.items()}
+    rival = min(least.keys() - {"ours"}, key=least.__getitem__)
+    ratios = [a / b for a, b in zip(taken[rival], taken["ours"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    ratio = least[rival] / least["ours"]
+    return [
+        *(f"{1000 * t:.1f} ms" for t in least.values()),
+        f"{ratio:.2f}",
+        f"{low:.2f}-{high:.2f}",
+    ]
 
 
 def main() -> None:
@@ -135,6 +153,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--kind", nargs="*", default=["linear", "conv"])
+    parser.add_argument("--side", type=int, nargs="*", default=list(SIZES))
     parser.add_argument("--batch", type=int, nargs="*", default=list(BATCHES))
     given = parser.parse_args()
     dtype = getattr(torch, given.dtype)
@@ -146,10 +165,13 @@ def main() -> None:
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "peft", "lycoris-lora"))
     threads = torch.get_num_threads()
     print(f"{platform.machine()}, {given.device}, {given.dtype}, {threads} threads, {versions}\n")
-    print("| layer | input | rank | ours | peft | lycoris bypass | lycoris weight | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| layer | input | rank | ours | peft | lycoris bypass | lycoris weight | ratio | spread |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for kind in given.kind:
-        for side, channels in SIZES:
+        for side in given.side:
+            channels = SIZES[side]
             for batch in given.batch:
                 for rank in RANKS:
                     size: tuple[int, ...] = (batch, side * side, channels)
@@ -157,10 +179,8 @@ def main() -> None:
                         size = (batch, channels, side, side)
                     steps = make_steps(size, rank, where)
                     taken = measure(steps, given.repeats, clock)
-                    ratio = min(t for name, t in taken.items() if name != "ours") / taken["ours"]
                     shape = f"{batch} x {list(size[1:])}"
-                    numbers = " | ".join(f"{1000 * t:.1f} ms" for t in taken.values())
-                    print(f"| {kind} | {shape} | {rank} | {numbers} | {ratio:.2f} |", flush=True)
+                    print(f"| {kind} | {shape} | {rank} | {' | '.join(cells(taken))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,12 +71,17 @@ class AdaptedLayer(nn.Module):
         """Give the parameters that LoRA+ trains faster."""
         return []
 
+    @property
+    def drops(self) -> bool:
+        """Whether :meth:`dropped` changes values now."""
+        return torch.is_grad_enabled() and bool(self.dropout or self.rank_dropout)
+
     def dropped(self, values: Tensor) -> Tensor:
         """Drop single values and whole channels of [B, ..., C], or [B, C, h, w] of convolutions.
 
         What stays is scaled, so that the mean is the same.
         """
-        if not torch.is_grad_enabled():
+        if not self.drops:
             return values
         if self.dropout:
             values = F.dropout(values, self.dropout)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sdxl_lora_plugins.networks import fused
 from sdxl_lora_plugins.networks.adapter import AdaptedLayer, LayerAdapter, initial_device
 
 if TYPE_CHECKING:
@@ -59,27 +60,20 @@ class LoraLayer(AdaptedLayer):
         self.scale = self.alpha / rank
         # In a tuple: as an attribute the frozen layer would be a part of this one.
         self._frozen = (layer,)
+        self._is_fused = fused.can_fuse(layer)
         self.dora_scale: nn.Parameter | None = None
         if options.dora_wd:
             self.dora_scale = nn.Parameter(_norm_by_input(layer.weight))
 
     def adapted(self, x: Tensor) -> Tensor:
-        """Give the output with the delta and, for DoRA, with the norm of its own.
-
-        Product, scale and sum are one operation: passes over the output, the largest tensor here,
-        are most of what a low rank costs.
-        """
+        """Give the output with the delta and, for DoRA, with the norm of its own."""
         if self.dora_scale is not None:
             x = self._normalized(x)
-        base, low = self._base_forward(x), self.dropped(self.lora_down(x))
-        up = self.lora_up.weight
-        if isinstance(self.lora_up, nn.Linear):
-            rows = base.reshape(-1, base.shape[-1])
-            sums = torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T, alpha=self.scale)
-        else:
-            batch = up.flatten(1).expand(len(low), -1, -1)
-            sums = torch.baddbmm(base.flatten(2), batch, low.flatten(2), alpha=self.scale)
-        return sums.view(base.shape)
+        down, up = self.lora_down.weight, self.lora_up.weight
+        if self._is_fused and not self.drops:
+            return fused.adapted(x, self._frozen[0], down, up, self.scale)
+        low = self.dropped(self.lora_down(x))
+        return torch.add(self._base_forward(x), self.lora_up(low), alpha=self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """Give the factors and ``alpha``, with which the scale is ``alpha / rank``."""

@@ -330,6 +330,16 @@ class LimitedAdapter(Protocol):
         """
 
 
+class LimitedDelta(Protocol):
+    """The delta of a layer, as :func:`limit_norms` keeps it below a norm."""
+
+    def norm(self) -> Tensor:
+        """Give the Frobenius norm of the delta weight, fp32 []."""
+
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the delta weight in place, by a factor [] in [0, 1]."""
+
+
 @runtime_checkable
 class WeightAverage(Protocol):
     """What an observer's object has beside if it keeps an average of the weights.
@@ -436,6 +446,17 @@ class Network(Component):
     @abstractmethod
     def build(self, model: LoadedModel) -> Adapter:
         """Attach a new network to ``model.parts``. It must work on the meta device too."""
+
+
+class LimitedNetwork(Network):
+    """A network whose deltas can be kept below a norm; it builds a :class:`LimitedAdapter`."""
+
+    scale_weight_norms: float | None = Field(
+        None,
+        gt=0,
+        json_schema_extra={"flag": True},
+        description="After each step, shrink the delta of a layer to this norm where it is larger.",
+    )
 
 
 DecayRate: TypeAlias = Annotated[float, Field(ge=0, lt=1)]

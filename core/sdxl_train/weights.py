@@ -10,12 +10,12 @@ import torch
 from sdxl_train.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
 
-    from sdxl_train.components import Adapter, LoadedModel
+    from sdxl_train.components import Adapter, LimitedDelta, LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -90,20 +90,25 @@ def start_from(adapter: Adapter, model: LoadedModel, path: Path, place: str) -> 
         )
 
 
-def limit_norms(norms: Tensor, limit: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Tell by how much to multiply deltas whose norms are above a limit, as sd-scripts does.
+@torch.no_grad()
+def limit_norms(deltas: Collection[LimitedDelta], limit: float) -> dict[str, Tensor]:
+    """Shrink the deltas whose norms are above a limit, as sd-scripts does.
 
     Args:
-        norms: The norm of each delta [n]. One below half of the limit counts as half of it.
+        deltas: Those of all layers.
         limit: The largest norm that stays.
 
     Returns:
-        The factors [n], at most 1, and what to log under sd-scripts' names.
+        What to log under sd-scripts' names.
     """
+    norms = torch.stack([delta.norm() for delta in deltas])
+    # A norm below half of the limit counts as half of it.
     counted = norms.clamp(min=limit / 2)
     ratios = counted.clamp(max=limit) / counted
+    for delta, ratio in zip(deltas, ratios, strict=True):
+        delta.shrink(ratio)
     kept = norms * ratios
-    return ratios, {
+    return {
         "max_norm/keys_scaled": (ratios < 1).sum(),
         "max_norm/avg_key_norm": kept.mean(),
         "max_norm/max_key_norm": kept.max(),

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sdxl_lora_plugins.files.deltas import bias_delta, delta, factors
+from sdxl_lora_plugins.files.deltas import delta, factors
 from sdxl_lora_plugins.files.lowrank import of_matrix, of_product
+from sdxl_lora_plugins.files.merging import Summand, misfit, parameters_of
 from sdxl_lora_plugins.files.plain import PlainModule, from_svd, weight_shape
 from sdxl_lora_plugins.model.headers import counted, read_header
 from sdxl_train import TENSOR_DTYPES, Problem, TensorEntry, UserError, write_tensors
@@ -81,7 +82,7 @@ def _matrix(part: _Part) -> Tensor:
     return found.flatten(1)
 
 
-class Summand(NamedTuple):
+class Place(NamedTuple):
     """What one network adds to a tensor of a base model.
 
     Attributes:
@@ -105,17 +106,17 @@ class ModelMerge:
         self._pairs = pairs
         self._readers: list[Callable[[StoredModule], dict[str, Tensor]]] = []
         self._absent: dict[Path, list[str]] = {}
-        self.places: dict[str, list[Summand]] = {}
+        self.places: dict[str, list[Place]] = {}
         """What is added to each tensor."""
         for number, (file, _) in enumerate(pairs):
             for module in file.modules.values():
-                for parameter in _parameters(module):
+                for parameter in parameters_of(module):
                     origin = base.origin(module.layer, parameter)
                     if origin is None:
                         self._absent.setdefault(file.path, []).append(module.name)
                     else:
-                        part = Summand(number, module, origin, parameter)
-                        self.places.setdefault(origin.name, []).append(part)
+                        place = Place(number, module, origin, parameter)
+                        self.places.setdefault(origin.name, []).append(place)
 
     def problems(self) -> Iterator[Problem]:
         """Yield what does not fit the base model."""
@@ -123,20 +124,12 @@ class ModelMerge:
             yield Problem(
                 place=str(path), message=f"the base model has no {counted(names, 'layer')}"
             )
-        for name, parts in self.places.items():
+        for name, places in self.places.items():
             whole = torch.empty(self._base.shape(name), device="meta")
-            for number, module, origin, parameter in parts:
-                shape = module.weight_shape if parameter == "weight" else None
+            for number, module, origin, parameter in places:
                 stored = origin.take(whole).shape
-                if shape and (shape[0], torch.Size(shape[1:]).numel()) != (
-                    stored[0],
-                    stored[1:].numel(),
-                ):
-                    yield Problem(
-                        place=str(self._pairs[number][0].path),
-                        message=f"{module.name} is for a weight {list(shape)}, the base model's "
-                        f"is {list(stored)}",
-                    )
+                if parameter == "weight" and (message := misfit(module, stored)):
+                    yield Problem(place=str(self._pairs[number][0].path), message=message)
 
     def write(
         self,
@@ -189,14 +182,8 @@ class ModelMerge:
             return stored
         untouched, merged = stored.float(), stored.float().clone()
         for number, module, origin, parameter in self.places[name]:
-            tensors, ratio = self._readers[number](module), self._pairs[number][1]
-            target = origin.take(merged)
-            if parameter == "weight":
-                added = delta(module, tensors, origin.take(untouched))
-            else:
-                added = bias_delta(tensors)
-            assert added is not None
-            target += ratio * added.reshape(target.shape)
+            summand = Summand(module, self._readers[number], self._pairs[number][1])
+            summand.add_to(origin.take(merged), parameter, origin.take(untouched))
         return merged
 
 
@@ -213,10 +200,3 @@ def _replacing_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _parameters(module: StoredModule) -> Iterator[str]:
-    if module.shapes.keys() - {"diff_b", "b_norm", "alpha"}:
-        yield "weight"
-    if module.shapes.keys() & {"diff_b", "b_norm"}:
-        yield "bias"

@@ -1,10 +1,10 @@
-"""Networks merged into a model in memory, before it is trained."""
+"""Networks merged into the weights of a model: of one in memory, before it is trained."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -24,14 +24,50 @@ if TYPE_CHECKING:
     from sdxl_train import Part
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Added:
-    """What one file adds to a layer."""
+class Summand(NamedTuple):
+    """What one file adds to a layer.
+
+    Attributes:
+        module: The delta.
+        read: Gives its tensors.
+        ratio: What it is multiplied by.
+    """
 
     module: StoredModule
     read: Callable[[StoredModule], dict[str, Tensor]]
-    multiplier: float
-    path: Path
+    ratio: float
+
+    def add_to(self, total: Tensor, parameter: str, untouched: Tensor) -> None:
+        """Add the delta to a sum in place, if there is one for this parameter.
+
+        Args:
+            total: The layer's weight or bias with what others add, fp32.
+            parameter: ``weight`` or ``bias``.
+            untouched: What ``total`` was without anything added.
+        """
+        tensors = self.read(self.module)
+        if parameter == "weight":
+            added = delta(self.module, tensors, untouched)
+        else:
+            added = bias_delta(tensors)
+        if added is not None:
+            total += self.ratio * added.reshape(total.shape)
+
+
+def parameters_of(module: StoredModule) -> Iterator[str]:
+    """Name what of a layer a module has deltas for."""
+    if module.shapes.keys() - {"diff_b", "b_norm", "alpha"}:
+        yield "weight"
+    if module.shapes.keys() & {"diff_b", "b_norm"}:
+        yield "bias"
+
+
+def misfit(module: StoredModule, shape: Sequence[int]) -> str | None:
+    """Say why a delta cannot be added to a weight of this shape; flat ones can."""
+    own = module.weight_shape
+    if own is None or (own[0], prod(own[1:])) == (shape[0], prod(shape[1:])):
+        return None
+    return f"{module.name} is for a weight {list(own)}, the base model's is {list(shape)}"
 
 
 def merge_into(parts: Sequence[Part], networks: Sequence[tuple[Path, float]]) -> None:
@@ -56,12 +92,11 @@ def merge_into(parts: Sequence[Part], networks: Sequence[tuple[Path, float]]) ->
     if problems := [problem for file, _ in files for problem in _misfits(file, layers)]:
         raise UserError(problems)
     with ExitStack() as opened:
-        added: dict[str, list[_Added]] = {}
+        added: dict[str, list[Summand]] = {}
         for file, multiplier in files:
             read = opened.enter_context(file.weights())
             for module in file.modules.values():
-                one = _Added(module=module, read=read, multiplier=multiplier, path=file.path)
-                added.setdefault(module.name, []).append(one)
+                added.setdefault(module.name, []).append(Summand(module, read, multiplier))
         for name, summands in added.items():
             _merge(layers[name], summands)
 
@@ -77,37 +112,26 @@ def _misfits(file: NetworkFile, layers: Mapping[str, nn.Module]) -> Iterator[Pro
         )
     for name in file.modules.keys() & layers.keys():
         module, layer = file.modules[name], layers[name]
-        shape, own = module.weight_shape, _parameter(layer, "weight").shape
-        if shape and (shape[0], torch.Size(shape[1:]).numel()) != (own[0], own[1:].numel()):
+        if message := misfit(module, _parameter(layer, "weight").shape):
             yield Problem(
-                place=str(file.path),
-                message=f"{name} is for a weight {list(shape)}, the base model's is {list(own)}",
-                remedy="merge a network for this model",
+                place=str(file.path), message=message, remedy="merge a network for this model"
             )
-        if module.shapes.keys() & {"diff_b", "b_norm"} and getattr(layer, "bias", None) is None:
+        if "bias" in parameters_of(module) and getattr(layer, "bias", None) is None:
             yield Problem(
                 place=str(file.path), message=f"{name} is for a bias, which the base model lacks"
             )
 
 
 @torch.no_grad()
-def _merge(layer: nn.Module, summands: Sequence[_Added]) -> None:
-    before = _parameter(layer, "weight")
-    if before.is_meta:
+def _merge(layer: nn.Module, summands: Sequence[Summand]) -> None:
+    if _parameter(layer, "weight").is_meta:
         return
-    weight = before.detach().float().cpu()
-    sums: dict[str, Tensor] = {"weight": weight.clone()}
-    if getattr(layer, "bias", None) is not None:
-        sums["bias"] = _parameter(layer, "bias").detach().float().cpu()
-    for one in summands:
-        tensors = one.read(one.module)
-        found = {"weight": delta(one.module, tensors, weight), "bias": bias_delta(tensors)}
-        for name, difference in found.items():
-            if difference is None:
-                continue
-            sums[name] += one.multiplier * difference.reshape(sums[name].shape)
-    for name, merged in sums.items():
-        _set(layer, name, merged)
+    for name in sorted({name for one in summands for name in parameters_of(one.module)}):
+        untouched = _parameter(layer, name).detach().float().cpu()
+        total = untouched.clone()
+        for one in summands:
+            one.add_to(total, name, untouched)
+        _set(layer, name, total)
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor:

@@ -212,17 +212,10 @@ class LayerAdapter:
     def prepare_step(self, timesteps: Tensor) -> None:
         """Do nothing: these networks are the same at every timestep."""
 
-    @torch.no_grad()
     def limit_weights(self) -> Mapping[str, Tensor]:
         """Shrink the deltas that are larger than ``scale_weight_norms`` allows."""
         limit = self.options.scale_weight_norms
-        if limit is None:
-            return {}
-        norms = torch.stack([layer.norm() for layer in self.layers.values()])
-        ratios, metrics = limit_norms(norms, limit)
-        for layer, ratio in zip(self.layers.values(), ratios, strict=True):
-            layer.shrink(ratio)
-        return metrics
+        return {} if limit is None else limit_norms(self.layers.values(), limit)
 
     def detach(self) -> None:
         """Give every layer the ``forward`` back that it had."""

@@ -15,7 +15,7 @@ from sdxl_lora_plugins.networks.blocks import (
     ThreeFactors,
 )
 from sdxl_lora_plugins.networks.rules import Rules  # noqa: TC001 - pydantic reads the annotations
-from sdxl_train import Field, Network, Problem, UserError
+from sdxl_train import Field, LimitedNetwork, Network, Problem, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,7 +31,7 @@ CONVOLUTION_RANKS = ("conv_dim", "conv_alpha")
 RANKS_BY_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
 
 
-class BlockNetwork(Network):
+class BlockNetwork(LimitedNetwork):
     """What the networks have in common: which layers, and how by block. Not a network itself.
 
     Options by block are about the U-Net; text encoders have ``network_dim`` and ``network_alpha``.
@@ -97,12 +97,6 @@ class BlockNetwork(Network):
         False,
         json_schema_extra={"flag": True},
         description="Adapt the layers that network_weights has, with the rank and alpha of each.",
-    )
-    scale_weight_norms: float | None = Field(
-        None,
-        gt=0,
-        json_schema_extra={"flag": True},
-        description="After each step, shrink the delta of a layer to this norm where it is larger.",
     )
 
     @property

@@ -96,13 +96,17 @@ class _Conv2d(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, layer: nn.Conv2d, scale: float
     ) -> Tensor:
-        how = (layer.stride, layer.padding, layer.dilation)
+        how: dict[str, Any] = {
+            "stride": layer.stride,
+            "padding": layer.padding,
+            "dilation": layer.dilation,
+        }
         bias = _converted(layer.bias, x.dtype)
-        output = F.conv2d(x, layer.weight.to(x.dtype), bias, *how, layer.groups)
-        low = F.conv2d(x, down, None, *how)
+        output: Tensor = F.conv2d(x, layer.weight.to(x.dtype), bias, groups=layer.groups, **how)
+        low: Tensor = F.conv2d(x, down, **how)
         output.flatten(2).baddbmm_(up.expand(len(x), -1, -1), low.flatten(2), alpha=scale)
         ctx.save_for_backward(x, low, down, up, layer.weight)
-        ctx.how, ctx.groups, ctx.scale = how, layer.groups, scale
+        ctx.how, ctx.groups, ctx.scale = tuple(how.values()), layer.groups, scale
         return output
 
     @staticmethod

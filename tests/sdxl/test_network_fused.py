@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from sdxl_lora_plugins.networks.fused import adapted, can_fuse
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Layer = nn.Linear | nn.Conv2d
+
 RANK, SCALE = 3, 0.7
-LAYERS = {
+LAYERS: dict[str, Callable[[], Layer]] = {
     "linear": lambda: nn.Linear(6, 5),
     "linear without bias": lambda: nn.Linear(6, 5, bias=False),
     "conv": lambda: nn.Conv2d(4, 5, 3, padding=1),
@@ -20,13 +27,13 @@ LAYERS = {
 layers = pytest.mark.parametrize("name", LAYERS)
 
 
-def _frozen(name: str, dtype: torch.dtype = torch.float64) -> nn.Linear | nn.Conv2d:
+def _frozen(name: str, dtype: torch.dtype = torch.float64) -> Layer:
     torch.manual_seed(0)
     layer = LAYERS[name]()
     return layer.to(dtype).requires_grad_(requires_grad=False)
 
 
-def _tensors(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+def _tensors(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
     """Make input [2, ..., ] and factors, in the dtype of the layer, that want gradients."""
     torch.manual_seed(1)
     size = (2, 7, 6) if isinstance(layer, nn.Linear) else (2, 4, 6, 5)
@@ -36,7 +43,7 @@ def _tensors(layer: nn.Linear | nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
     return made[0], made[1], made[2]
 
 
-def _by_merged_weight(layer: nn.Linear | nn.Conv2d, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+def _by_merged_weight(layer: Layer, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     delta = (up.flatten(1) @ down.flatten(1)).view(layer.weight.shape)
     merged = {"weight": layer.weight + SCALE * delta}
     output: Tensor = torch.func.functional_call(layer, merged, (x,))
@@ -70,7 +77,7 @@ def test_gradients_are_those_of_the_merged_weight(name: str) -> None:
 def test_inputs_that_want_no_gradient_get_none(name: str) -> None:
     layer = _frozen(name)
     x, down, up = _tensors(layer)
-    adapted(x.detach(), layer, down, up, SCALE).sum().backward()
+    torch.autograd.backward(adapted(x.detach(), layer, down, up, SCALE).sum())
     assert x.grad is None
     wanted = torch.autograd.grad(_by_merged_weight(layer, x, down, up).sum(), (down, up))
     torch.testing.assert_close((down.grad, up.grad), wanted)

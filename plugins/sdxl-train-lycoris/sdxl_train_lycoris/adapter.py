@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from sdxl_train import ParameterGroup, limit_norms, quiet, require_fit
 from sdxl_train_lycoris.layers import LycorisLayer
 from sdxl_train_lycoris.targets import targets
@@ -84,17 +82,10 @@ class LycorisAdapter:
         is_denoiser = self.parts[part].module is self.denoiser
         return self.options.plus_ratio(is_denoiser=is_denoiser)
 
-    @torch.no_grad()
     def limit_weights(self) -> Mapping[str, Tensor]:
         """Shrink the deltas that are larger than ``scale_weight_norms`` allows."""
         limit = self.options.scale_weight_norms
-        if limit is None:
-            return {}
-        norms = torch.stack([layer.norm() for layer in self.layers.values()])
-        ratios, metrics = limit_norms(norms, limit)
-        for layer, ratio in zip(self.layers.values(), ratios, strict=True):
-            layer.delta.shrink(ratio)
-        return metrics
+        return {} if limit is None else limit_norms(self.layers.values(), limit)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Give the tensors of every layer, as every client computes with them."""

@@ -86,6 +86,10 @@ class LycorisLayer(nn.Module):
             norm: Tensor = torch.linalg.vector_norm(self.delta.weight())
         return norm
 
+    def shrink(self, ratio: Tensor) -> None:
+        """Multiply the delta weight in place."""
+        self.delta.shrink(ratio)
+
     def _added(self, x: Tensor) -> Tensor:
         """Give what the delta adds to the layer's output."""
         layer, kept = self._layer[0], self._kept_rows(x.device)

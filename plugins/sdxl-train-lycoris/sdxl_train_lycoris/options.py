@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_train import Field, Network, Problem, UserError, quiet
+from sdxl_train import Field, LimitedNetwork, Problem, UserError, quiet
 from sdxl_train_lycoris.blocks import BlockAlphas, BlockRanks, absent_blocks
 from sdxl_train_lycoris.presets import LINEAR_PRESETS, Preset, read_preset
 
@@ -32,7 +32,7 @@ class Fault:
     remedy: str
 
 
-class LycorisNetwork(Network):
+class LycorisNetwork(LimitedNetwork):
     """What all algorithms of LyCORIS have in common. Not a network of its own."""
 
     algorithm: ClassVar[str]
@@ -67,12 +67,6 @@ class LycorisNetwork(Network):
     )
     use_reentrant: bool | None = Field(
         None, description="For sd-scripts' users; gradient checkpointing here is never reentrant."
-    )
-    scale_weight_norms: float | None = Field(
-        None,
-        gt=0,
-        json_schema_extra={"flag": True},
-        description="After each step, shrink the delta of a layer to this norm where it is larger.",
     )
 
     @property
@@ -386,4 +380,4 @@ class DoraOptions(FactorOptions):
 
 
 def _is_flag(option: str) -> bool:
-    return option in (*Network.model_fields, "dim_from_weights", "scale_weight_norms")
+    return option in (*LimitedNetwork.model_fields, "dim_from_weights")

@@ -63,12 +63,16 @@ class History:
         images: Names of the images that are trained.
         num_timesteps: Timesteps of the noise schedule.
         steps_per_epoch: How many losses make an average.
+
+    Attributes:
+        skipped: How many of the steps the gradient scaler left without effect.
     """
 
     def __init__(
         self, images: Iterable[str] = (), *, num_timesteps: int = 1000, steps_per_epoch: int = 1
     ) -> None:
         self.num_timesteps = num_timesteps
+        self.skipped = 0
         self._columns: dict[str, array[float]] = {}
         self._length = 0
         self._window: deque[float] = deque(maxlen=steps_per_epoch)
@@ -83,6 +87,7 @@ class History:
 
     def add(self, step: StepResult, seconds: float) -> None:
         """Take a step that took ``seconds``; it is read with those around it."""
+        self.skipped += step.skipped
         self._unread.append((step, seconds))
         if len(self._unread) >= READ_EVERY:
             self.read()
@@ -223,6 +228,7 @@ class History:
         """Give what :meth:`load_state_dict` takes: tensors and plain values."""
         self.read()
         return {
+            "skipped": self.skipped,
             # Not as tensors, whose values must be finite: a skipped step has a gradient of inf.
             "columns": {name: column.tolist() for name, column in self._columns.items()},
             "images": list(self._rows),
@@ -232,6 +238,7 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Begin with the steps of the run that this one goes on from."""
+        self.skipped = state["skipped"]
         self._columns = {n: array("d", column) for n, column in state["columns"].items()}
         losses = self._columns.get("loss", array("d"))
         self._length = len(losses)

@@ -164,12 +164,13 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         seed_global_generators(step.streams.seed_for("update", number))
         step.updating = True
         step.optimizer.step()
+        skipped = step.was_skipped is not None and step.was_skipped()
         estimates = _estimated_rates(step.optimizer)
-        step.scheduler.step()
+        if not skipped:
+            step.scheduler.step()
         metrics = {**estimates, **step.limit_weights()}
         step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
-        skipped = step.was_skipped is not None and step.was_skipped()
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(

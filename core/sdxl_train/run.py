@@ -129,7 +129,8 @@ class RunResult:
     Attributes:
         exit_code: 0 when it came to its end; 128 plus the signal that stopped it.
         steps: Optimizer steps done.
-        skipped_steps: Those of them that an fp16 overflow left without effect.
+        skipped_steps: Those of them that an fp16 overflow left without effect, those before the
+            run was resumed included.
         files: The networks it wrote that are still there.
         final_loss: Mean loss of the last step.
         validations: The losses on held-out images, in the order of steps, those before the run was
@@ -261,14 +262,15 @@ class Trainer:
         optimizer = build_optimizer(config, self.assembly.groups)
         if config.optimizer.train_eval_modes:
             optimizer.train()  # type: ignore[attr-defined]
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         evaluation = Evaluation(
             self.assembly,
             optimizer,
             swaps_weights=config.optimizer.train_eval_modes,
             autocast=self.accelerator.autocast,
         )
+        # Before accelerate takes note of the method `step`, which a schedule replaces.
         self.scheduler = config.build_schedule(optimizer, prepared.counts.step_plan)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.fused = (
             FusedBackward(optimizer, config.training.max_grad_norm)
             if config.training.fused_backward_pass
@@ -366,9 +368,9 @@ class Trainer:
                 break
             last = step
             self.result.steps = last.step
-            self.result.skipped_steps += last.skipped
             self.change.after(last)
             self.history.add(last, time.monotonic() - began)
+            self.result.skipped_steps = self.history.skipped
             signalled, asked_to_save = self.ranks.heard()
             stopped = signalled is not None and last.step < total
             points = self.prepared.saves.due(last.step)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "state.json"
 """Written last: a folder without it is no state."""
 _FOLDER_NAME = re.compile(r"(?:\.(?=.*-state\.))?(.+)-state(?:\.[^.]+(?:\.old)?)?")

@@ -93,6 +93,8 @@ class _ProgressBar:
         yield f"lr {'/'.join(dict.fromkeys(f'{r:.3g}' for r in newest.learning_rates.values()))}"
         yield f"{seconds / len(recent):.3g} s/it"
         yield f"{sum(step.samples for step in recent) / max(seconds, 1e-9):.3g} img/s"
+        if history.skipped:
+            yield f"{history.skipped} skipped"
         peak = peak_memory(self.device)["peak_bytes"]
         if peak is not None:
             yield f"{peak / 1e9:.2f} GB"

@@ -97,8 +97,9 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     peak = document["memory"]["peak_bytes"]
     trained = sum(part["parameters"] for part in document["plan"]["modules"].values())
     mfu = document["notes"].get("mfu", {"value": None, "why": "not measured"})
+    skipped = f", {results['skipped_steps']} skipped" if results["skipped_steps"] else ""
     return [
-        ("steps", f"{results['steps']} of {document['steps']['optimizer_steps']}"),
+        ("steps", f"{results['steps']} of {document['steps']['optimizer_steps']}{skipped}"),
         ("loss, mean of an epoch", _number(losses[-1]) if losses else _ABSENT),
         (
             "lowest on held-out images",

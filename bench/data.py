@@ -9,13 +9,16 @@ is measured in turns, in one process, and the median of the turns counts.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import resource
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -79,6 +82,7 @@ def measure_scan(folder: Path, count: int, *flags: str) -> dict[str, float]:
     ``plan`` does, which reads heads only.
     """
     write_images(folder, 50, count)
+    forget(folder / "images")
     home = str(folder / "home")
     title = "training" if flags else "plan"
     first, second = (
@@ -102,6 +106,14 @@ def measure_scan(folder: Path, count: int, *flags: str) -> dict[str, float]:
         f"{title}: first / second, of CPU": first["cpu"] / second["cpu"],
         f"{title}: memory, KB for each image": second["kilobytes"] / count,
     }
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop the files from its memory: that of a real first start is elsewhere."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def scan_once(folder: Path, home: Path, *, decode: bool) -> dict[str, float]:
@@ -139,22 +151,37 @@ def scan_of(folder: Path, index: Any, resolution: int = 1024, *, decode: bool = 
 
 
 def write_images(parent: Path, kinds: int, count: int, name: str = "images") -> None:
-    """Write images with captions: links to a few files under names of their own."""
+    """Write pictures with captions, of which ``kinds`` differ in more than a few bytes."""
     folder = parent / name
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    sources = []
-    for number in range(kinds):
-        width, height = SIZES[number % len(SIZES)]
-        coarse = rng.integers(0, 255, (height // 32, width // 32, 3), dtype=np.uint8)
-        path = parent / f"source-{number}.{'jpg' if number % 2 else 'png'}"
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(path)
-        sources.append(path)
+    pictures = [picture(rng, number, blocks=count > 10 * kinds) for number in range(kinds)]
     for number in range(count):
-        source = sources[number % kinds]
-        os.link(source, folder / f"img_{number:06d}{source.suffix}")
+        data, ending = pictures[number % kinds], "jpg" if number % kinds % 2 else "png"
+        path = folder / f"img_{number:06d}.{ending}"
+        path.write_bytes(with_remark(data, f"{number:0{rng.integers(9, 9000)}}"))
         caption = f"tag{number % 997}, number {number}, a photo, outdoors, looking at the viewer"
-        (folder / f"img_{number:06d}.txt").write_text(caption, encoding="utf-8")
+        path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def picture(rng: np.random.Generator, number: int, *, blocks: bool) -> bytes:
+    """Give a picture file: JPEG where the number is odd, else PNG; of blocks, it is small."""
+    width, height = SIZES[number % len(SIZES)]
+    grain = 256 if blocks else 32
+    coarse = rng.integers(0, 255, (height // grain, width // grain, 3), dtype=np.uint8)
+    way = Image.Resampling.NEAREST if blocks else Image.Resampling.BICUBIC
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize((width, height), way).save(file, "JPEG" if number % 2 else "PNG")
+    return file.getvalue()
+
+
+def with_remark(data: bytes, text: str) -> bytes:
+    """Put a text into a picture file, so that no two files are the same."""
+    if data.startswith(b"\xff\xd8"):
+        return data[:2] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text.encode() + data[2:]
+    chunk = b"tEXtnumber\0" + text.encode()
+    size, check = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    return data[:33] + size + chunk + check + data[33:]  # after signature and IHDR
 
 
 # -------------------------------------------------------------------------------------- caching

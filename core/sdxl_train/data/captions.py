@@ -202,6 +202,8 @@ def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[s
     """Say where options find nothing in the captions to act on."""
     mark, separator = options.keep_tokens_separator, options.caption_separator
     secondary = options.secondary_separator
+    if not (mark or secondary or options.changes_tags or options.enable_wildcard):
+        return []
     unmarked = short = total = varied = parted = 0
     for caption in captions:
         varied += "\n" in caption or "{" in caption

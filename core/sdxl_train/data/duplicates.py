@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.data.buckets import Size
     from sdxl_train.data.records import ImageRecord
-    from sdxl_train.data.scan_index import FolderIndex, ScanIndex, Stamp
+    from sdxl_train.data.scan_index import ScanIndex, Stamp
 
 
 def find_duplicates(
@@ -22,24 +21,21 @@ def find_duplicates(
     Only files of one length and one picture size are read: others cannot be the same. Links to one
     file are read once.
     """
-    # Paths as texts: to hash and sort others takes longer than all the rest.
-    alike: dict[tuple[int, Size], dict[str, FolderIndex]] = {}
+    alike: dict[tuple[int, Size], list[ImageRecord]] = {}
     for image in images:
-        path = str(image.path)
-        folder, _, name = path.rpartition(os.sep)
-        files = index.folder(folder)
-        alike.setdefault((files.facts(name).stamp[0], image.size), {})[path] = files
-    groups: dict[str, list[str]] = {}
+        alike.setdefault((image.num_bytes, image.size), []).append(image)
+    groups: dict[str, set[tuple[str, str]]] = {}
     read: dict[Stamp, str] = {}
-    for paths in alike.values():
-        for path in sorted(paths) if len(paths) > 1 else ():
+    for several in alike.values():
+        for image in several if len(several) > 1 else ():
+            files = index.folder(image.folder)
             try:
-                files, name = paths[path], path.rpartition(os.sep)[2]
-                stamp = files.facts(name).stamp
-                content = read.get(stamp) or files.content(name)
+                stamp = files.facts(image.name).stamp
+                content = read.get(stamp) or files.content(image.name)
                 read[stamp] = content
             except OSError:  # it has gone since, which whoever needs it will say
                 continue
-            groups.setdefault(content, []).append(path)
-    found = sorted(paths for paths in groups.values() if len(paths) > 1)
-    return tuple(tuple(Path(path) for path in paths) for paths in found)
+            # Texts: to hash and sort paths takes longer than all the rest.
+            groups.setdefault(content, set()).add((str(image.folder), image.name))
+    found = sorted(sorted(files) for files in groups.values() if len(files) > 1)
+    return tuple(tuple(Path(folder, name) for folder, name in files) for files in found)

@@ -36,17 +36,18 @@ class CaptionLengths:
     ) -> CaptionLengths:
         """Count the tokens of every caption, the held-out images' too."""
         captions = [
-            (image.path, fullest_captions(image.caption, dataset.subset_of(image).captions))
+            (image, fullest_captions(image.caption, dataset.subset_of(image).captions))
             for dataset in (*scan.datasets, *scan.validation)
             for image in dataset.images
         ]
         texts = list(dict.fromkeys(text for _, several in captions for text in several))
         tokens = dict(zip(texts, count_tokens(texts), strict=True))
-        lengths: dict[Path, int] = {}
-        for path, several in captions:
+        lengths: dict[tuple[Path, str], int] = {}
+        for image, several in captions:
+            file = (image.folder, image.name)
             longest = max(tokens[text] for text in several)
-            lengths[path] = max(longest, lengths.get(path, 0))
-        cut = [(path, length) for path, length in lengths.items() if length > limit]
+            lengths[file] = max(longest, lengths.get(file, 0))
+        cut = [(folder / name, n) for (folder, name), n in lengths.items() if n > limit]
         return cls(
             limit=limit,
             longest=max(lengths.values(), default=0),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.findings import Skipped
-from sdxl_train.data.folders import folders_with_images, lies_in
+from sdxl_train.data.folders import folders_with_images, is_folder, lies_in
 from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
 from sdxl_train.data.views import split_face
 
@@ -149,14 +149,7 @@ def _entries(folder: Path, astray: list[str]) -> list[tuple[str, bool]]:
         target = os.path.realpath(entry.path)
         if os.path.exists(target) and not lies_in(root, target):  # noqa: PTH110 - no need of a path
             astray.append(entry.name)
-    return sorted((entry.name, _is_folder(entry)) for entry in entries)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself leads nowhere, and certainly to no folder
-        return False
+    return sorted((entry.name, is_folder(entry)) for entry in entries)
 
 
 def _stem(image: str) -> str:
@@ -165,11 +158,11 @@ def _stem(image: str) -> str:
 
 
 def _caption_of(stem: str, others: Container[str], endings: Sequence[str]) -> str | None:
-    for start in (stem, split_face(stem)[0]):
-        for ending in endings:
-            if start + ending in others:
-                return start + ending
-    return None
+    for ending in endings:
+        if stem + ending in others:
+            return stem + ending
+    bare, _ = split_face(stem)
+    return next((bare + ending for ending in endings if bare + ending in others), None)
 
 
 def _pass_over(

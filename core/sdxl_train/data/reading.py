@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.images import ImageHeader
-    from sdxl_train.data.scan_index import FolderIndex, ScanIndex
+    from sdxl_train.data.scan_index import FileFacts, FolderIndex, ScanIndex
 
 _Names: TypeAlias = tuple[str, str | None, str | None]
 """The names of an image, its caption file and its mask."""
@@ -31,11 +31,12 @@ _WAITING = 3
 
 
 class Read(NamedTuple):
-    """What was read of one image: its head, its caption and the head of its mask."""
+    """What was read of one image: its length, its head, its caption and the head of its mask."""
 
     folder: Path
     mask_folder: Path
     names: _Names
+    num_bytes: int
     header: ImageHeader | ImageError
     caption: CaptionFile | Problem | None
     mask: ImageHeader | ImageError | None
@@ -87,12 +88,14 @@ class Reader:
         """
         reading = _Reading(self.index, folder, mask_folder or folder, decode=self.decode)
         files = list(zip(images, captions, masks, strict=True))
-        parts = [files[at : at + _AT_ONCE] for at in range(0, len(files), _AT_ONCE)]
-        read = [reading.recall(part) for part in parts]
+        read = reading.recall(files)
         new = [number for number, known in enumerate(read) if known is None]
-        for number, part in zip(new, self._open(reading, [parts[n] for n in new]), strict=True):
-            read[number] = part
-        return chain.from_iterable(part for part in read if part is not None)
+        parts = [
+            [files[number] for number in new[at : at + _AT_ONCE]]
+            for at in range(0, len(new), _AT_ONCE)
+        ]
+        opened = chain.from_iterable(self._open(reading, parts))
+        return (known or next(opened) for known in read)
 
     def _open(self, reading: _Reading, parts: Sequence[list[_Names]]) -> Iterator[list[Read]]:
         """Read parts, in threads where these are of use.
@@ -126,39 +129,53 @@ class _Reading:
         self.files = index.folder(folder)
         self.masks = index.folder(mask_folder)
 
-    def recall(self, files: Sequence[_Names]) -> list[Read] | None:
-        """Give images without opening a file, if all of them are known."""
-        known = []
-        for names in files:
-            image, caption, mask = names
-            header = self.files.recall_image(image, decoded=self.decode)
-            text = self.files.recall_caption(caption) if caption else None
-            mask_header = self.masks.recall_image(mask, decoded=self.decode) if mask else None
-            if not header or (caption and text is None) or (mask and not mask_header):
-                return None
-            known.append(self._read(names, header, text, mask_header))
-        return known
+    def recall(self, files: Sequence[_Names]) -> list[Read | None]:
+        """Give the images of which nothing need be opened, None for the others."""
+        images, captions, masks = zip(*files, strict=True) if files else ((), (), ())
+        known = zip(
+            files,
+            self.files.recall(images),
+            self.files.recall(captions),
+            self.masks.recall(masks),
+            strict=True,
+        )
+        return [self._recalled(*of_image) for of_image in known]
+
+    def _recalled(
+        self,
+        names: _Names,
+        image: FileFacts | None,
+        caption: FileFacts | None,
+        mask: FileFacts | None,
+    ) -> Read | None:
+        if image is None or (image.header is None) or (self.decode and not image.sound):
+            return None
+        text = mask_header = None
+        if names[1] and (caption is None or (text := caption.caption) is None):
+            return None
+        if names[2] and (
+            mask is None or (mask_header := mask.header) is None or (self.decode and not mask.sound)
+        ):
+            return None
+        return Read(
+            self.folder, self.mask_folder, names, image.stamp[0], image.header, text, mask_header
+        )
 
     def some(self, files: Sequence[_Names]) -> list[Read]:
         """Read images."""
-        return [
-            self._read(
-                names,
-                self._header(self.files, names[0]),
-                self._caption(names[1]) if names[1] else None,
-                self._header(self.masks, names[2]) if names[2] else None,
-            )
-            for names in files
-        ]
+        return [self._read(*names) for names in files]
 
-    def _read(
-        self,
-        names: _Names,
-        header: ImageHeader | ImageError,
-        text: CaptionFile | Problem | None,
-        mask_header: ImageHeader | ImageError | None,
-    ) -> Read:
-        return Read(self.folder, self.mask_folder, names, header, text, mask_header)
+    def _read(self, image: str, caption: str | None, mask: str | None) -> Read:
+        header = self._header(self.files, image)
+        return Read(
+            self.folder,
+            self.mask_folder,
+            (image, caption, mask),
+            0 if isinstance(header, ImageError) else self.files.facts(image).stamp[0],
+            header,
+            self._caption(caption) if caption else None,
+            self._header(self.masks, mask) if mask else None,
+        )
 
     def _header(self, files: FolderIndex, name: str) -> ImageHeader | ImageError:
         try:

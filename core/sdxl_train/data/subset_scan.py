@@ -171,28 +171,29 @@ class SubsetScan:
         ]
 
     def _record(self, read: Read) -> ImageRecord | None:
-        subset = self.subset
-        path, text = read.path, subset.class_tokens or ""
-        annotation = self.annotations.get(path) if self.annotations else None
+        subset, text = self.subset, self.subset.class_tokens or ""
+        annotation = self.annotations.get(read.path) if self.annotations else None
         caption = read.caption if annotation is None else annotation.caption
         if isinstance(caption, Problem):
             self.findings.problems.append(caption)
         elif caption is not None:
             text = self._caption(caption, read, annotation)
         if isinstance(read.header, ImageError):
-            self.findings.bad_image(path, str(read.header))
+            self.findings.bad_image(read.path, str(read.header))
             return None
         if annotation and annotation.size not in (None, read.header.size):
             remark = "its image_size in the metadata file is not that of the image, which counts"
-            self.findings.remarks.add(remark, path)
-        chosen = self._fit(path, read.header)
+            self.findings.remarks.add(remark, read.path)
+        chosen = self._fit(read, read.header)
         if chosen is None or not self._mask_fits(read, read.header):
             return None
-        if subset.views.face_crop_aug_range and split_face(path.stem)[1] is None:
+        if subset.views.face_crop_aug_range and split_face(read.path.stem)[1] is None:
             remark = "no face in the name (_X_Y_W_H), cropped at the centre"
-            self.findings.remarks.add(remark, path)
+            self.findings.remarks.add(remark, read.path)
         record = ImageRecord(
-            path=path,
+            folder=read.folder,
+            name=read.names[0],
+            num_bytes=read.num_bytes,
             size=read.header.size,
             caption=text,
             has_caption=caption is not None,
@@ -274,18 +275,18 @@ class SubsetScan:
             remarks.add("a mask in colour, its red channel counts", read.mask_path)
         return True
 
-    def _fit(self, path: Path, header: ImageHeader) -> Fit | None:
+    def _fit(self, read: Read, header: ImageHeader) -> Fit | None:
         if header.misnamed:
-            self.findings.remarks.add(f"in truth {header.format}, read as that", path)
+            self.findings.remarks.add(f"in truth {header.format}, read as that", read.path)
         width, height = header.size
         if min(width, height) < self.multiple:
             message = f"{width}x{height} is less than {self.multiple} pixels on a side"
-            self.findings.bad_image(path, message)
+            self.findings.bad_image(read.path, message)
             return None
         if self.fit is None:
             return None
         try:
             return self.fit(header.size)
         except SizeError as error:
-            self.findings.bad_image(path, str(error))
+            self.findings.bad_image(read.path, str(error))
             return None

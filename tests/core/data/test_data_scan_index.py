@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
 
+from sdxl_train.data.dataset_config import resolve_datasets
+from sdxl_train.data.dataset_options import DatasetOptions
 from sdxl_train.data.images import ImageError
 from sdxl_train.data.scan_index import ScanIndex
+from sdxl_train.data.sources import scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from sdxl_train.data.sources import Scan
     from tests.core.data.conftest import MakeImage
 
 
@@ -42,8 +48,12 @@ def test_an_untouched_file_is_not_opened_again(
     for reader in ("read_header", "read_caption", "load_image"):
         monkeypatch.setattr(f"sdxl_train.data.scan_index.{reader}", refuse)
     second = ScanIndex(tmp_path / "home").folder(picture.parent)
-    assert second.recall_image("a.png", decoded=True) == second.header("a.png") == header
-    assert second.recall_caption("a.txt") == second.caption("a.txt") == caption
+    image, _, text = second.recall(["a.png", None, "a.txt"])
+    assert image is not None
+    assert image.sound
+    assert image.header == second.header("a.png") == header
+    assert text is not None
+    assert text.caption == second.caption("a.txt") == caption
     second.check_pixels("a.png")
 
 
@@ -72,7 +82,7 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
     first.folder(path.parent).header("a.png")
     first.save()
     second = ScanIndex(tmp_path / "home").folder(path.parent)
-    assert second.recall_image("a.png", decoded=False) is None
+    assert second.recall(["a.png"]) == [None]
 
 
 @pytest.mark.parametrize(
@@ -84,9 +94,21 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
         lambda data: data.replace(b'"headers":[0]', b'"headers":[7]'),
         lambda data: data.replace(b'"headers":[0]', b'"headers":[]'),
         lambda data: data.replace(b'"sound":[false]', b'"sound":["?"]'),
+        lambda data: data.replace(b'"stamps":"', b'"stamps":"00'),
+        lambda data: data.replace(b'"stamps":"', b'"stamps":"' + 32 * b"00"),
         lambda data: data.replace(b'"odd_captions":{', b'"odd_captions":{"3":{"lines":[]}'),
     ],
-    ids=["empty", "cut", "later version", "no such kind", "short", "wrong type", "no such caption"],
+    ids=[
+        "empty",
+        "cut",
+        "later version",
+        "no such kind",
+        "short",
+        "type",
+        "stamp",
+        "stamps",
+        "caption",
+    ],
 )
 def test_a_damaged_index_is_as_good_as_none(
     tmp_path: Path, picture: Path, damage: Callable[[bytes], bytes]
@@ -97,8 +119,68 @@ def test_a_damaged_index_is_as_good_as_none(
     (file,) = (tmp_path / "home").iterdir()
     file.write_bytes(damage(file.read_bytes()))
     second = ScanIndex(tmp_path / "home").folder(picture.parent)
-    assert second.recall_image("a.png", decoded=False) is None
+    assert second.recall(["a.png"]) == [None]
     assert second.header("a.png").size == (64, 64)
+
+
+def untouched(images: Path, masks: Path) -> None:
+    pass
+
+
+def rewritten(path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, "red").save(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        untouched,
+        lambda images, masks: rewritten(images / "b.png", (96, 80)),
+        lambda images, masks: rewritten(masks / "b.png", (96, 80)),
+        lambda images, masks: (images / "b.txt").write_text("b dog"),
+        lambda images, masks: (images / "b.txt").unlink(),
+        lambda images, masks: (images / "b.caption").write_text("b dog"),
+        lambda images, masks: (images / "b.png").unlink(),
+        lambda images, masks: (images / "b.txt").replace(images / "c.txt"),
+        lambda images, masks: shutil.copy(images / "b.png", images / "c.png"),
+        lambda images, masks: [shutil.copy(f / "b.png", f / "z.png") for f in (images, masks)],
+        lambda images, masks: (images / "b.png").replace(images / "a.png"),
+    ],
+    ids=[
+        "nothing", "image", "mask", "caption", "caption gone", "other caption", "image gone",
+        "caption moved", "image copied", "image added", "image replaced",
+    ],
+)  # fmt: skip
+def test_a_second_start_finds_what_a_first_one_would(
+    tmp_path: Path, make_image: MakeImage, change: Callable[[Path, Path], object]
+) -> None:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for name in "abc":
+        make_image(images / f"{name}.png", (64, 80), caption=f"{name} cat")
+        make_image(masks / f"{name}.png", (64, 80))
+    file = tmp_path / "data.toml"
+    file.write_text(
+        "[[datasets]]\n[[datasets.subsets]]\n"
+        f"image_dir = '{images}'\nconditioning_data_dir = '{masks}'\n"
+    )
+    configs, problems, _ = resolve_datasets(
+        DatasetOptions(dataset_config=file, resolution=64, masked_loss=True), str
+    )
+    assert problems == []
+
+    def found(index: ScanIndex) -> Scan:
+        scanned = scan(configs, bucket_multiple=8, place=str, index=index)
+        assert index.save() is None
+        return replace(scanned, index=index)
+
+    time.sleep(0.06)  # a tick of the file system's clock
+    home = tmp_path / "home"
+    before = found(ScanIndex(home))
+    change(images, masks)
+    second, fresh = found(ScanIndex(home)), found(ScanIndex())
+    assert replace(second, index=fresh.index) == fresh
+    seen = second != replace(before, index=second.index)
+    assert seen == (change is not untouched)
 
 
 def test_faults_are_not_remembered(tmp_path: Path, picture: Path) -> None:

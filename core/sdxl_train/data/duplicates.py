@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sdxl_train.data.buckets import Size
+    from sdxl_train.data.file_facts import Stamp
     from sdxl_train.data.records import ImageRecord
-    from sdxl_train.data.scan_index import ScanIndex, Stamp
+    from sdxl_train.data.scan_index import ScanIndex
 
 
 def find_duplicates(

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdxl_train.data.captions import CaptionFile
+    from sdxl_train.data.file_facts import FileFacts
     from sdxl_train.data.images import ImageHeader
-    from sdxl_train.data.scan_index import FileFacts, FolderIndex, ScanIndex
+    from sdxl_train.data.scan_index import FolderIndex, ScanIndex
 
 _Names: TypeAlias = tuple[str, str | None, str | None]
 """The names of an image, its caption file and its mask."""

@@ -18,6 +18,7 @@ from sdxl_lora_plugins import (
     timesteps,
     weightings,
 )
+from sdxl_lora_plugins.commands.bench import Bench
 from sdxl_lora_plugins.commands.compare import Compare
 from sdxl_lora_plugins.commands.convert import Convert
 from sdxl_lora_plugins.commands.demo import Demo
@@ -177,6 +178,7 @@ def register_observers() -> dict[str, type[Observer]]:
 def register_commands() -> dict[str, type[Command]]:
     """Give the subcommands."""
     return {
+        "bench": Bench,
         "compare": Compare,
         "demo": Demo,
         "inspect": Inspect,

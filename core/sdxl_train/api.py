@@ -27,7 +27,8 @@ def plan(options: Mapping[str, Any] | Path | str, *, components: Iterable[Compon
     """Check options and plan their run; no weights are read.
 
     Args:
-        options: Option names and values, or the path of a TOML file of them.
+        options: Option names and values, or the path of a TOML file of them. Those that a
+            :class:`TrainingCommand` was given may be among them.
         components: Components made by the caller: ``[MyLoss(scale=2)]``. They need no registration
             and serve in place of the default of their kind, stacked kinds beside the others.
 
@@ -44,6 +45,7 @@ def train(
     *,
     components: Iterable[Component] = (),
     events: Mapping[str, Callable[..., object]] | None = None,
+    lap: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Train as ``sdxl-train`` does with these options.
 
@@ -52,6 +54,10 @@ def train(
         components: As for :func:`plan`.
         events: Functions to call, by the name of the event: ``{"step_finished": show}``. Each
             names the arguments of the event that it wants (see :mod:`sdxl_train.hookspecs`).
+        lap: To measure where the time of a step goes: called with the name of each phase as it
+            ends. In order: ``data``; ``forward`` and ``backward`` for each batch of the step;
+            ``optimizer``, ``logging``, ``hooks``, ``saving``, ``hooks``, ``logging``. What it
+            queues on the device, an event, lies between the work of the phases.
 
     Raises:
         UserError: If the input is wrong; nothing was started.
@@ -72,7 +78,7 @@ def train(
     plan = make_plan(prepared)
     for text in plan.warnings[len(prepared.warnings) :]:
         logger.warning("%s", text)
-    return execute(prepared, plan)
+    return execute(prepared, plan, lap=lap) if lap else execute(prepared, plan)
 
 
 def _prepared(

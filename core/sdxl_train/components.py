@@ -26,7 +26,7 @@ from typing import (
     runtime_checkable,
 )
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -627,6 +627,25 @@ class Command(Component):
     @abstractmethod
     def run(self) -> int:
         """Do the work and return the exit code."""
+
+
+class TrainingCommand(Command):
+    """A subcommand that takes the flags of training beside its own."""
+
+    _training: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """The options of training that were given, by name, as :func:`sdxl_train.train` takes them.
+
+        They are checked there; ``str()`` of a value shows what was typed.
+        """
+        return self._training
+
+    def with_training(self, options: Mapping[str, Any]) -> Self:
+        """Give the command the options of training."""
+        self._training = dict(options)
+        return self
 
 
 # ------------------------------------------------------------------------------------- registry

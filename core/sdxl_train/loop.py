@@ -133,6 +133,9 @@ class Step:
     steps_in_backward: bool = False
     """The optimizer steps while gradients come in (see :mod:`.fused`); ``clip`` gives their norm.
     """
+    lap: Callable[[str], None] = lambda phase: None
+    """Told the name of each phase as it ends: ``data``, ``forward``, ``backward``, ``optimizer``.
+    """
     was_skipped: Callable[[], bool] | None = None
     """Set where a gradient scaler is at work: it skips steps whose gradients are not finite."""
     updating: bool = field(default=False, init=False)
@@ -154,6 +157,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
     """
     skipped_in_a_row = 0
     for number, group in enumerate(steps, start=start + 1):
+        step.lap("data")
         rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
         parts = list(_backward(group, step, number))
         means = torch.stack([part.mean for part in parts])
@@ -172,6 +176,7 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
         step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
         skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
+        step.lap("optimizer")
         if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
                 f"step {number}: the last {skipped_in_a_row} steps were all skipped, because "
@@ -212,12 +217,14 @@ def _backward(group: StepBatches, step: Step, number: int) -> Iterator[BatchLoss
             yield _no_loss(batch, step, where)
             continue
         loss = batch_loss(batch, step, where)
+        step.lap("forward")
         detached = replace(loss, mean=loss.mean.detach())
         if step.steps_in_backward:
             alone = replace(group, batches=[batch])
             _require_finite(detached.mean[None], None, number, alone, [detached], step)
             step.updating = True
         step.backward(loss.mean / len(group.batches))
+        step.lap("backward")
         yield detached
 
 

@@ -149,8 +149,17 @@ class RunResult:
     observer_failures: dict[str, str] = field(default_factory=dict)
 
 
-def execute(prepared: Prepared, plan: Plan) -> RunResult:
+def _ignored(phase: str) -> None:
+    """Do nothing at the end of a phase."""
+
+
+def execute(prepared: Prepared, plan: Plan, *, lap: Callable[[str], None] = _ignored) -> RunResult:
     """Run what was prepared and planned.
+
+    Args:
+        prepared: The run.
+        plan: Its plan.
+        lap: Told of each phase of a step as it ends; see :func:`sdxl_train.train`.
 
     Raises:
         UserError: If the machine cannot do what the options ask.
@@ -161,13 +170,19 @@ def execute(prepared: Prepared, plan: Plan) -> RunResult:
         ranks = join(prepared.config.processes.ddp_timeout)
         accelerator = make_accelerator(prepared.config)
         with ranks.together():
-            return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks)
+            return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks, lap)
     except BaseException as error:
         blame(error, plugins)
         raise
 
 
-def _execute(prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ranks) -> RunResult:
+def _execute(
+    prepared: Prepared,
+    plan: Plan,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    lap: Callable[[str], None],
+) -> RunResult:
     if prepared.resume is not None and prepared.start >= prepared.counts.total:
         logger.info(
             "already complete: %d of %d steps are done in %s",
@@ -177,7 +192,7 @@ def _execute(prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ra
         )
         return RunResult(steps=prepared.start)
     with sole_writer(prepared.config) if ranks.main else nullcontext():
-        trainer = Trainer(prepared, plan, accelerator, ranks)
+        trainer = Trainer(prepared, plan, accelerator, ranks, lap=lap)
         # Until all is written: a launcher signals every process when one of them fails.
         with RunSignals(patience=ranks.patience) as signals:
             ranks.listen(signals)
@@ -246,9 +261,16 @@ class Trainer:
     """Holds what a run builds, from the model to the observers."""
 
     def __init__(
-        self, prepared: Prepared, plan: Plan, accelerator: Accelerator, ranks: Ranks
+        self,
+        prepared: Prepared,
+        plan: Plan,
+        accelerator: Accelerator,
+        ranks: Ranks,
+        *,
+        lap: Callable[[str], None] = _ignored,
     ) -> None:
         config = prepared.config
+        self.lap = lap
         self.prepared = prepared
         self.config = config
         self.accelerator = accelerator
@@ -371,6 +393,7 @@ class Trainer:
             self.change.after(last)
             self.history.add(last, time.monotonic() - began)
             self.result.skipped_steps = self.history.skipped
+            self.lap("logging")
             signalled, asked_to_save = self.ranks.heard()
             stopped = signalled is not None and last.step < total
             points = self.prepared.saves.due(last.step)
@@ -378,10 +401,14 @@ class Trainer:
                 points = with_state(points, last.step)
             # A state holds what its observers knew after the step; the others can wait for it.
             self.events.tell("step_finished", keepers=True, run=self.run, step=last)
+            self.lap("hooks")
             self._save(points, last)
+            self.lap("saving")
             self.events.tell("step_finished", keepers=False, run=self.run, step=last)
+            self.lap("hooks")
             if self.pace.is_due():
                 self._write_record()
+            self.lap("logging")
             if signalled is not None and stopped:
                 self.result.exit_code = 128 + signalled  # as shells count
                 break
@@ -594,6 +621,7 @@ class Trainer:
             clip=self.fused.grad_norm if self.fused else self._clip,
             steps_in_backward=self.fused is not None,
             limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
+            lap=self.lap,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             normalize_masks=config.dataset.masked_loss_normalize,

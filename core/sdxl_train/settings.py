@@ -139,6 +139,8 @@ def from_mapping(options: Mapping[str, Any]) -> dict[str, Setting]:
 
 
 def _setting_in_python(value: object, place: str) -> Setting:
+    if isinstance(value, Setting):  # a command passes on what it was given
+        return value
     inner = value if isinstance(value, dict) else {}
     return Setting(
         value=str(value) if isinstance(value, Path) else value,

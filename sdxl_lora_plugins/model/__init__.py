@@ -103,12 +103,7 @@ class Sdxl(MemoryOptions):
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Yield what is wrong with the sources, from their headers, and with the rates."""
-        base = sources.locate(self.pretrained_model_name_or_path)
-        if not base.downloadable:
-            place = config.place("pretrained_model_name_or_path")
-            yield from _problems(place, sources.base_faults(base, vae_given=self.vae is not None))
-        if self.vae is not None and not (vae := sources.locate(self.vae)).downloadable:
-            yield from _problems(config.place("vae"), sources.vae_faults(vae))
+        yield from self._source_problems(config)
         if self.no_half_vae and self.vae_dtype != "fp32":
             yield Problem(
                 place=config.place("no_half_vae"),
@@ -118,6 +113,15 @@ class Sdxl(MemoryOptions):
         yield from _network_problems(config)
         yield from self.memory_problems(config)
         yield from self._check_training(config)
+
+    def _source_problems(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what is wrong with the files of the model, by their headers."""
+        base = sources.locate(self.pretrained_model_name_or_path)
+        if not base.downloadable:
+            place = config.place("pretrained_model_name_or_path")
+            yield from _problems(place, sources.base_faults(base, vae_given=self.vae is not None))
+        if self.vae is not None and not (vae := sources.locate(self.vae)).downloadable:
+            yield from _problems(config.place("vae"), sources.vae_faults(vae))
 
     def predicts(self) -> PredictionType | None:
         """Give what the U-Net predicts: by the option, else by what the model says of itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +18,7 @@ from sdxl_lora_plugins.model.configs import LATENT_SCALING
 from sdxl_lora_plugins.model.fp8 import store_in_fp8
 from sdxl_lora_plugins.model.headers import counted
 from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
-from sdxl_lora_plugins.model.prediction import said_by
+from sdxl_lora_plugins.model.prediction import Said, said_by
 from sdxl_lora_plugins.model.sources import (
     PARTS,
     Source,
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+_Loaded = TypeVar("_Loaded", bound=LoadedSdxl)
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -60,20 +62,37 @@ def load(options: Sdxl, device: torch.device, dtype: torch.dtype) -> LoadedSdxl:
         modules, scaling = _load_folder(options, base, vae_source, device, dtype)
     if device.type != "meta":
         _require_finite(modules, options.pretrained_model_name_or_path)
+    origins = Origins(
+        model=base.path if base.kind == "file" else None,
+        model_name=_public_name(base),
+        vae=vae_source.path if vae_source and vae_source.kind == "file" else None,
+        vae_name=_public_name(vae_source) if vae_source else None,
+    )
+    return made_ready(
+        LoadedSdxl, options, modules, said_by(base), origins, scaling=scaling, device=device
+    )
+
+
+def made_ready(
+    kind: type[_Loaded],
+    options: Sdxl,
+    modules: Modules,
+    said: Said,
+    origins: Origins,
+    *,
+    scaling: float,
+    device: torch.device,
+) -> _Loaded:
+    """Make a model of its parts: frozen, and stored and computed as the options say."""
     rates = options.rates()
     _prepare(options, modules, rates.keys(), device)
-    return LoadedSdxl(
+    return kind(
         modules,
         rates=rates,
-        schedule=_schedule(options, base),
+        schedule=_schedule(options, said),
         reading=_reading(options, modules),
         latent_scaling=scaling,
-        origins=Origins(
-            model=base.path if base.kind == "file" else None,
-            model_name=_public_name(base),
-            vae=vae_source.path if vae_source and vae_source.kind == "file" else None,
-            vae_name=_public_name(vae_source) if vae_source else None,
-        ),
+        origins=origins,
         device=device,
         offloads=options.cpu_offload_checkpointing,
         keeps_memory=options.highvram,
@@ -146,7 +165,7 @@ def _load_file(
 ) -> tuple[Modules, float]:
     assert base.path is not None
     file = Checkpoint(base.path, device, mapped=not options.disable_mmap_load_safetensors)
-    te1, te2 = file.text_encoders(dtype, _attention(options))
+    te1, te2 = file.text_encoders(dtype, text_attention(options))
     modules = Modules(
         unet=file.unet(dtype),
         te1=te1,
@@ -168,7 +187,7 @@ def _load_folder(
     dtype: torch.dtype,
 ) -> tuple[Modules, float]:
     assert base.path is not None
-    te1, te2 = folders.load_text_encoders(base.path, device, dtype, _attention(options))
+    te1, te2 = folders.load_text_encoders(base.path, device, dtype, text_attention(options))
     modules = Modules(
         unet=folders.load_unet(base.path, device, dtype),
         te1=te1,
@@ -262,9 +281,8 @@ def _checkpoint_layers(encoder: nn.Module) -> None:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
 
-def _schedule(options: Sdxl, base: Source) -> NoiseSchedule:
+def _schedule(options: Sdxl, said: Said) -> NoiseSchedule:
     """Make the noise schedule: by the options, else by what the model says of itself."""
-    said = said_by(base)
     schedule = NoiseSchedule.scaled_linear(prediction_type=options.prediction_type(said))
     where = "--v_parameterization"
     if options.v_parameterization is None:
@@ -277,7 +295,8 @@ def _schedule(options: Sdxl, base: Source) -> NoiseSchedule:
     return schedule.with_zero_terminal_snr()
 
 
-def _attention(options: Sdxl) -> str:
+def text_attention(options: Sdxl) -> str:
+    """Name transformers' implementation of attention."""
     return "sdpa" if options.sdpa else "eager"
 
 

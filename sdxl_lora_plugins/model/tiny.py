@@ -66,12 +66,18 @@ def write_tiny_sdxl(
     return path
 
 
-def _random_parts(seed: int) -> Parts:
+def tiny_parts() -> Parts:
+    """Give the parts of a tiny SDXL on the meta device: U-Net, both text encoders, VAE."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**_unet_config())
         te1 = CLIPTextModel(_text_config(_TE1_WIDTH, layers=2, act="quick_gelu"))
         te2 = CLIPTextModelWithProjection(_text_config(_TE2_WIDTH, layers=3, act="gelu"))
         vae = AutoencoderKL(**_vae_config())
+    return unet, te1, te2, vae
+
+
+def _random_parts(seed: int) -> Parts:
+    unet, te1, te2, vae = tiny_parts()
     generator = torch.Generator().manual_seed(seed)
     for part in (unet, te1, te2, vae):
         part.to_empty(device="cpu")

@@ -7,7 +7,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from sdxl_train.components import KINDS, Command
+from sdxl_train.components import KINDS, Command, TrainingCommand
 from sdxl_train.config import CORE_OPTIONS
 from sdxl_train.options import options_of
 from sdxl_train.registry import KIND_BY_NAME
@@ -68,6 +68,8 @@ def command_help(entry: Entry) -> str:
         lines += ["", "options"]
     for option in entry.flags.values():
         lines += _option_rows(option)
+    if issubclass(command, TrainingCommand):
+        lines += ["", "and the flags of training: see `sdxl-train --help`"]
     return "\n".join(lines)
 
 

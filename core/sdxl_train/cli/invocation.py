@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from sdxl_train.components import Command
+from sdxl_train.components import Command, TrainingCommand
 from sdxl_train.errors import PluginError, Problem, UserError
 from sdxl_train.options import Option, Setting, Words, options_of, suggestion, validate
 from sdxl_train.plugins import PluginHost
@@ -152,6 +152,7 @@ class Invocation:
         assert issubclass(component, Command)
         known = options_of(component)
         settings: dict[str, Setting] = {}
+        training: dict[str, Setting] = {}
         problems: list[Problem] = []
         spare = list(self.leading)
         for given, setting in self.settings.items():
@@ -159,6 +160,8 @@ class Invocation:
             if name in known:
                 settings[name], left = _own_words(known[name], setting)
                 spare += left
+            elif issubclass(component, TrainingCommand):
+                training[name] = setting
             elif name not in ("plugin", "config_file"):
                 problems.append(_no_option(entry.name, name, setting, list(known)))
         for name in component.positional:
@@ -174,6 +177,9 @@ class Invocation:
         if problems or command is None:
             raise UserError(problems)
         assert isinstance(command, Command)
+        if isinstance(command, TrainingCommand):
+            training.pop("config_file", None)  # whose values are among the others
+            command.with_training(training)
         return command
 
 

@@ -1,0 +1,147 @@
+"""The loop to compare with: diffusers and peft, as diffusers' SDXL LoRA example trains."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from peft import LoraConfig
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sdxl_lora_plugins.commands.bench_figures import DTYPES
+from sdxl_lora_plugins.model.made_up_parts import fill_in, full_parts
+from sdxl_lora_plugins.model.tiny import tiny_parts
+from sdxl_train import shows_bars
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from sdxl_lora_plugins.commands.bench_figures import Stopwatch, Work
+
+_TOKENS: Final = 77
+
+
+class PlainLoop:
+    """The same work as a run's: base model, adapted layers, rank, sizes and precision.
+
+    Args:
+        work: Of the run.
+        tiny: With the tiny model.
+    """
+
+    def __init__(self, work: Work, *, tiny: bool) -> None:
+        self.work = work
+        self.tiny = tiny
+        config = work.config
+        self.precision = config.training.mixed_precision
+        self.batch_size = config.dataset.train_batch_size
+        self.accumulation = config.training.gradient_accumulation_steps
+
+    def train(self, steps: int, stopwatch: Stopwatch) -> None:
+        """Train for some optimizer steps."""
+        accelerator = Accelerator(
+            mixed_precision=self.precision,
+            gradient_accumulation_steps=self.accumulation,
+            cpu=self.work.device.type == "cpu",
+        )
+        unet = self._unet()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=self.work.config.optimizer.learning_rate, weight_decay=1e-2
+        )
+        schedule = get_scheduler("constant", optimizer=optimizer)
+        noise_scheduler = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        )
+        loader = DataLoader(self._samples(unet, steps), batch_size=self.batch_size)
+        unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
+        bar, train_loss = tqdm(total=steps, desc="plain loop", disable=not shows_bars()), 0.0
+        unet.train()
+        for batch in loader:
+            if accelerator.sync_gradients or bar.n == 0:
+                stopwatch.lap("data")
+            with accelerator.accumulate(unet):
+                loss = self._loss(unet, noise_scheduler, batch)
+                mean = accelerator.gather(loss.repeat(self.batch_size)).mean()
+                train_loss += mean.item() / self.accumulation
+                stopwatch.lap("forward")
+                accelerator.backward(loss)
+                stopwatch.lap("backward")
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(trained, 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                stopwatch.lap("optimizer")
+                bar.update(1)
+                accelerator.log({"train_loss": train_loss}, step=bar.n)
+                train_loss = 0.0
+                bar.set_postfix(step_loss=loss.detach().item(), lr=schedule.get_last_lr()[0])
+                stopwatch.lap("logging")
+        bar.close()
+
+    def _unet(self) -> Any:
+        unet = tiny_parts()[0] if self.tiny else full_parts("sdpa")[0]
+        fill_in(unet, self.work.device, DTYPES[self.precision])
+        unet.requires_grad_(False)
+        if self.work.config.model.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        config = LoraConfig(
+            r=self.work.rank,
+            lora_alpha=self.work.rank,
+            init_lora_weights="gaussian",
+            target_modules=list(_adapted(unet)),
+        )
+        unet.add_adapter(config)
+        # As the example does for mixed precision: what trains is fp32.
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.float()
+        return unet
+
+    def _samples(self, unet: Any, steps: int) -> list[dict[str, Tensor]]:
+        w, h = self.work.resolution
+        pooled = unet.config.projection_class_embeddings_input_dim
+        pooled -= 6 * unet.config.addition_time_embed_dim
+        sample = {
+            "latents": torch.randn(4, h // 8, w // 8),
+            "context": torch.randn(_TOKENS, unet.config.cross_attention_dim),
+            "pooled": torch.randn(pooled),
+            "time_ids": torch.tensor([h, w, 0, 0, h, w]),
+        }
+        return [sample] * (steps * self.batch_size * self.accumulation)
+
+    def _loss(self, unet: Any, schedule: DDPMScheduler, batch: dict[str, Tensor]) -> Tensor:
+        latents, dtype = batch["latents"], DTYPES[self.precision]
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(0, 1000, (len(latents),), device=latents.device)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        predicted = unet(
+            noisy.to(dtype),
+            timesteps,
+            batch["context"].to(dtype),
+            added_cond_kwargs={
+                "text_embeds": batch["pooled"].to(dtype),
+                "time_ids": batch["time_ids"],
+            },
+            return_dict=False,
+        )[0]
+        return F.mse_loss(predicted.float(), noise.float(), reduction="mean")
+
+
+def _adapted(unet: nn.Module) -> Iterator[str]:
+    """Name the layers that a LoRA of this program adapts: the linear ones of transformers."""
+    for path, block in unet.named_modules():
+        if type(block).__name__ == "Transformer2DModel":
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.Linear):
+                    yield f"{path}.{name}"

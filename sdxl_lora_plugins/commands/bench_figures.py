@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -55,6 +54,10 @@ class Work:
         }
 
 
+StepTimes: TypeAlias = dict[str, float]
+"""Seconds of each phase of a step."""
+
+
 class Stopwatch:
     """Measures phases that follow each other; a step begins with its ``data``.
 
@@ -70,22 +73,22 @@ class Stopwatch:
         """Take the end of a phase."""
         self._laps.append((phase, self._now()))
 
-    def steps(self) -> list[Counter[str]]:
+    def steps(self) -> list[StepTimes]:
         """Give the seconds of each phase of each step."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        steps: list[Counter[str]] = []
+        steps: list[StepTimes] = []
         for (_, began), (phase, ended) in zip(self._laps, self._laps[1:], strict=False):
             if phase == "data":
-                steps.append(Counter())
+                steps.append({})
             if phase != _NOT_OF_A_STEP:
-                steps[-1][phase] += _seconds(began, ended)
+                steps[-1][phase] = steps[-1].get(phase, 0.0) + _seconds(began, ended)
         return steps
 
     def _now(self) -> float | torch.cuda.Event:
         if self.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -93,7 +96,8 @@ class Stopwatch:
 def _seconds(began: float | torch.cuda.Event, ended: float | torch.cuda.Event) -> float:
     if isinstance(began, torch.cuda.Event):
         assert isinstance(ended, torch.cuda.Event)
-        return began.elapsed_time(ended) / 1000
+        milliseconds: float = began.elapsed_time(ended)
+        return milliseconds / 1000
     assert isinstance(ended, float)
     return ended - began
 
@@ -121,7 +125,7 @@ class Figures:
     @classmethod
     def of(
         cls,
-        steps: Sequence[Counter[str]],
+        steps: Sequence[StepTimes],
         *,
         peak: int | None,
         images: int,
@@ -129,7 +133,7 @@ class Figures:
         ceiling: float,
     ) -> Figures:
         """Make the figures of measured steps of ``images`` images and ``flops`` operations."""
-        seconds = statistics.median(step.total() for step in steps)
+        seconds = statistics.median(sum(step.values()) for step in steps)
         return cls(
             seconds_per_step=seconds,
             images_per_second=images / seconds,
@@ -137,7 +141,7 @@ class Figures:
             mfu=flops / seconds / ceiling,
             peak_bytes=peak,
             breakdown={
-                phase: statistics.fmean(step[phase] for step in steps)
+                phase: statistics.fmean(step.get(phase, 0.0) for step in steps)
                 for phase in PHASES
                 if any(phase in step for step in steps)
             },
@@ -168,7 +172,7 @@ def ceiling(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -
         stopwatch = Stopwatch(device)
         a @ b
         stopwatch.lap("data")
-        fastest = min(fastest, stopwatch.steps()[0].total())
+        fastest = min(fastest, stopwatch.steps()[0]["data"])
     return float(2 * side**3 / fastest)
 
 
@@ -188,8 +192,8 @@ def training_flops(size: str, resolution: tuple[int, int], rank: int) -> int:
     Lora(network_dim=rank).build(loaded)
     width, height = (side // loaded.latent_scale for side in resolution)
     with torch.device("meta"):
-        size = torch.zeros(1, 2, dtype=torch.int64)
-        sizes = dict.fromkeys(("original_size", "crop_top_left", "target_size"), size)
+        pixels = torch.zeros(1, 2, dtype=torch.int64)
+        sizes = dict.fromkeys(("original_size", "crop_top_left", "target_size"), pixels)
         latents, timesteps = torch.zeros(1, 4, height, width), torch.zeros(1, dtype=torch.int64)
         text = {name: tensor.detach() for name, tensor in loaded.encode_text([""]).items()}
         with FlopCounterMode(display=False) as counter:

@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sdxl_lora_plugins.commands.bench_figures import DTYPES
-from sdxl_lora_plugins.model.made_up_parts import fill_in, full_parts
+from sdxl_lora_plugins.model.made_up_parts import fill_in, full_parts, text_widths
 from sdxl_lora_plugins.model.tiny import tiny_parts
 from sdxl_train import shows_bars
 
@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from sdxl_lora_plugins.commands.bench_figures import Stopwatch, Work
 
 _TOKENS: Final = 77
+
+
+class _Samples(Dataset[dict[str, "Tensor"]]):
+    """One sample, many times."""
+
+    def __init__(self, sample: dict[str, Tensor], count: int) -> None:
+        self.sample = sample
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.sample
 
 
 class PlainLoop:
@@ -61,7 +75,8 @@ class PlainLoop:
         noise_scheduler = DDPMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
         )
-        loader = DataLoader(self._samples(unet, steps), batch_size=self.batch_size)
+        count = steps * self.batch_size * self.accumulation
+        loader: Any = DataLoader(_Samples(self._sample(unet), count), batch_size=self.batch_size)
         unet, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
         bar, train_loss = tqdm(total=steps, desc="plain loop", disable=not shows_bars()), 0.0
         unet.train()
@@ -108,17 +123,15 @@ class PlainLoop:
                 parameter.data = parameter.float()
         return unet
 
-    def _samples(self, unet: Any, steps: int) -> list[dict[str, Tensor]]:
+    def _sample(self, unet: Any) -> dict[str, Tensor]:
         w, h = self.work.resolution
-        pooled = unet.config.projection_class_embeddings_input_dim
-        pooled -= 6 * unet.config.addition_time_embed_dim
-        sample = {
+        context, pooled = text_widths(unet)
+        return {
             "latents": torch.randn(4, h // 8, w // 8),
-            "context": torch.randn(_TOKENS, unet.config.cross_attention_dim),
+            "context": torch.randn(_TOKENS, context),
             "pooled": torch.randn(pooled),
             "time_ids": torch.tensor([h, w, 0, 0, h, w]),
         }
-        return [sample] * (steps * self.batch_size * self.accumulation)
 
     def _loss(self, unet: Any, schedule: DDPMScheduler, batch: dict[str, Tensor]) -> Tensor:
         latents, dtype = batch["latents"], DTYPES[self.precision]

@@ -34,10 +34,10 @@ from sdxl_lora_plugins.model.made_up import MadeUpSdxl
 from sdxl_train import __version__, train
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterator, Mapping
 
     from sdxl_lora_plugins.commands.bench import Bench
+    from sdxl_lora_plugins.commands.bench_figures import StepTimes
     from sdxl_lora_plugins.commands.bench_plain import PlainLoop
     from sdxl_train import Run
 
@@ -73,7 +73,7 @@ def run_bench(options: Bench) -> None:
 class Rounds:
     """What several turns of a loop gave: the seconds of each measured step, the peak of memory."""
 
-    steps: list[Counter[str]] = field(default_factory=list)
+    steps: list[StepTimes] = field(default_factory=list)
     peak: int | None = None
 
     def add(self, stopwatch: Stopwatch, warmup: int) -> None:

@@ -117,12 +117,20 @@ def fill_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
             scale, mean = 0.1, float(name.endswith("weight"))
         elif "embedding.weight" not in name:
             scale = 1 / math.sqrt(parameter[0].numel())
-        for piece in values.view(-1).split(_DRAWN):
+        for piece in torch.split(values.view(-1), _DRAWN):
             torch.mul(drawn[: len(piece)], scale, out=piece)
             if mean:
                 piece.add_(mean)
     module.load_state_dict(state, assign=True)
     fill_position_ids(module, device)
+
+
+def text_widths(unet: Any) -> tuple[int, int]:
+    """Give the widths of what a U-Net is told of captions: by token, and of the whole."""
+    config = unet.config
+    # Beside the second there are six embedded sizes.
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return config.cross_attention_dim, pooled
 
 
 class MadeUpModel(LoadedSdxl):
@@ -138,19 +146,11 @@ class MadeUpModel(LoadedSdxl):
         """Encode captions, or give noise of the shape of their encodings."""
         if any(part.module in self.text_encoders for part in self.parts):
             return super().encode_text(captions)
-        config = self.denoiser.config
+        context, pooled = text_widths(self.denoiser)
         return {
-            "context": self._noise(len(captions), self.max_tokens + 2, config.cross_attention_dim),
-            "pooled": self._noise(len(captions), self._pooled_width),
+            "context": self._noise(len(captions), self.max_tokens + 2, context),
+            "pooled": self._noise(len(captions), pooled),
         }
-
-    @property
-    def _pooled_width(self) -> int:
-        config = self.denoiser.config
-        # What is left of the input beside six sizes.
-        return int(
-            config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        )
 
     def _noise(self, *shape: int) -> Tensor:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))

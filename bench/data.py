@@ -281,11 +281,12 @@ def measure_waiting(folder: Path, steps: int) -> dict[str, float]:
     import torch
 
     import sdxl_train
-    from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+    from sdxl_lora_plugins.model import SDXL, TINY
+    from sdxl_train.ldm.tiny import write_tiny
     from sdxl_train.supply import Supply
 
     write_images(folder, 8, 40)
-    model = write_tiny_sdxl(folder / "tiny.safetensors", seed=0, single_file=True)
+    model = write_tiny(folder / "tiny.safetensors", SDXL, TINY, seed=0, single_file=True)
     torch.set_num_threads(1)
     waits: list[float] = []
     ends: list[float] = []

@@ -20,8 +20,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_lora_plugins.model import checkpoint
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import TensorEntry, write_tensors
+from sdxl_train.ldm import checkpoint
 
 UNET = {
     "sample_size": 128,
@@ -60,8 +61,8 @@ def sdxl_shapes() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]
         vae = AutoencoderKL(**VAE)
     origins = (
         (unet, checkpoint.unet_origins(unet)),
-        (te1, checkpoint.clip_origins(te1)),
-        (te2, checkpoint.openclip_origins(te2)),
+        (te1, checkpoint.clip_origins(te1, SDXL.encoder("te1"))),
+        (te2, checkpoint.clip_origins(te2, SDXL.encoder("te2"))),
         (vae, checkpoint.vae_origins(vae, {"first_stage_model.": ()})),
     )
     shapes: dict[str, tuple[int, ...]] = {}
@@ -72,7 +73,7 @@ def sdxl_shapes() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]
             if origin.third is not None:
                 shape = (3 * shape[0], *shape[1:])
             shapes[origin.name] = shape[::-1] if origin.transposed else shape
-    prefix = checkpoint.kinds.UNET
+    prefix = checkpoint.UNET
     layers = {
         f"lora_unet_{name.removeprefix(prefix).removesuffix('.weight').replace('.', '_')}": shape
         for name, shape in shapes.items()

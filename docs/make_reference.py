@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sdxl_train
-from sdxl_train import hookspecs, testing
+from sdxl_train import hookspecs, ldm, testing
 from sdxl_train.components import KINDS, Component
 from sdxl_train.config import CORE_OPTIONS
 from sdxl_train.options import Option, options_of
@@ -112,7 +112,7 @@ def _cell(text: str) -> str:
 def api() -> str:
     """Give the public names with their signatures, fields and methods, a line each."""
     lines = []
-    for module in (sdxl_train, testing):
+    for module in (sdxl_train, ldm, testing):
         for name in sorted(module.__all__):
             lines += _described(f"{module.__name__}.{name}", getattr(module, name))
     for name, function in vars(hookspecs).items():

@@ -23,7 +23,6 @@ import tomli_w
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from sdxl_lora_plugins.model.headers import BadFileError, read_header
 from sdxl_lora_plugins.observers.prompts import read_prompts
 from sdxl_train import UserError
 from sdxl_train.checkpoint import file_name, prune, state_name
@@ -39,6 +38,7 @@ from sdxl_train.data.captions import (
     split_tags,
 )
 from sdxl_train.earlier import files_of_earlier_run
+from sdxl_train.ldm.headers import BadFileError, read_header
 from sdxl_train.options import Words, options_of, parse_pairs
 from sdxl_train.packing import pack, unpack
 from sdxl_train.plugins import PluginRequest

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path  # noqa: TC003 - pydantic needs it
 from typing import (
     TYPE_CHECKING,
@@ -64,6 +64,9 @@ class Component(OptionModel):
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Options that a resumed run may set otherwise: they say where something lies, not what is
     trained."""
+
+    chosen_by: ClassVar[frozenset[str]] = frozenset()
+    """Switches of its own that choose it where the run names none of its kind."""
 
     @classmethod
     def resolved(cls) -> type[Self]:
@@ -117,6 +120,8 @@ class Part:
             norm, to its name in files, dots as underscores and without the prefix. Never derive
             names from ``module`` itself: the layout of installed libraries changes, names in files
             do not.
+        blocks: The blocks for which users give values one by one, in their order, each with the
+            paths of its layers; empty for a part that has none.
     """
 
     name: str
@@ -126,6 +131,7 @@ class Part:
     module: nn.Module
     lr: float | None = None
     file_names: Mapping[str, str]
+    blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +381,8 @@ class Model(Component):
     may_change: ClassVar[frozenset[str]] = frozenset({"pretrained_model_name_or_path"})
     bucket_multiple: ClassVar[int] = 8
     """Sides of training images must be a multiple of this many pixels."""
+    resolution: ClassVar[int | None] = None
+    """Side of the training size where the user gives none; None: it must be given."""
 
     pretrained_model_name_or_path: str = Field(
         description="Base model: a single .safetensors file, a diffusers folder, or a hub id.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdxl_train.checkpoint import PICKLED_FORMATS
+from sdxl_train.components import Model
 from sdxl_train.counts import DEFAULT_MAX_STEPS, SaveSchedule, StepCounts
 from sdxl_train.data.batches import BatchPlan, count_batches
 from sdxl_train.data.dataset_config import resolve_datasets
@@ -203,18 +204,19 @@ def _scan(
 ) -> Scan | None:
     if resolution.dataset is None:
         return None
-    config = resolution.config
+    model = resolution.model or Model
     place = resolution.place
-    datasets, faults, notes = resolve_datasets(resolution.dataset, place)
+    datasets, faults, notes = resolve_datasets(
+        resolution.dataset, place, resolution=model.resolution
+    )
     problems.extend(faults)
     warnings.extend(notes)
     if not datasets:
         return None
-    multiple = config.model.bucket_multiple if config else 8
     skip_bad = resolution.dataset.on_bad_image == "skip"
     scanned = scan(
         datasets,
-        bucket_multiple=multiple,
+        bucket_multiple=model.bucket_multiple,
         place=place,
         index=user_index(),
         skip_bad=skip_bad,

@@ -14,6 +14,7 @@ from sdxl_train.components import (
     KINDS,
     Component,
     Kind,
+    Model,
     Observer,
     OptionModel,
 )
@@ -60,6 +61,8 @@ class Resolution:
     """What came of the user's settings: a configuration unless the mistakes forbid one."""
 
     config: RunConfig | None
+    model: type[Model] | None
+    """The family of base models, as far as it is known."""
     problems: list[Problem]
     notices: list[str]
     dataset: DatasetOptions | None
@@ -109,8 +112,10 @@ class Resolver:
                 processes=processes,
                 dataset=dataset,
             )
+        model = next((e.component for e in entries if issubclass(e.component, Model)), None)
         return Resolution(
             config=config,
+            model=model,
             problems=self.problems,
             notices=self.notices,
             dataset=dataset,
@@ -138,6 +143,7 @@ class Resolver:
                 place = f"{setting.place}, {other.place}"
                 self.problems.append(Problem(place=place, message=message, remedy=remedy))
             self.settings["optimizer_type"] = replace(setting, value=name)
+        self._choose_by_switches()
         by_class = self.settings.get("lr_scheduler_type")
         name = " ".join(texts_of(by_class))
         if by_class is None or not name:
@@ -149,6 +155,17 @@ class Resolver:
             )
         path = name if "." in name else f"torch.optim.lr_scheduler.{name}"
         self.settings["lr_scheduler"] = replace(by_class, value=path)
+
+    def _choose_by_switches(self) -> None:
+        """Let switches choose the components that they belong to, of installed plugins too."""
+        core = {name for model in CORE_OPTIONS for name in model.model_fields}
+        for option in [name for name in self.settings if name not in core]:
+            setting = self.settings[option]
+            for entry in self.registry.owners(option):
+                selector = entry.kind.selector
+                chosen = option in entry.component.chosen_by and is_on(setting)
+                if chosen and selector not in self.settings:
+                    self.settings[selector] = replace(setting, value=entry.qualified)
 
     def _core(self, model: type[OptionsT]) -> OptionsT | None:
         mine = {name: s for name, s in self.settings.items() if name in model.model_fields}

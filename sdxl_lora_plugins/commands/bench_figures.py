@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sdxl_lora_plugins.model.made_up import MadeUpSdxl
+from sdxl_lora_plugins.made_up import MadeUpSdxl
 from sdxl_lora_plugins.networks import Lora
 from sdxl_train import peak_memory
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sdxl_lora_plugins.commands.bench_figures import DTYPES
-from sdxl_lora_plugins.model.made_up_parts import fill_in, full_parts, text_widths
-from sdxl_lora_plugins.model.tiny import tiny_parts
+from sdxl_lora_plugins.made_up_parts import fill_in, full_parts, text_widths
+from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train import shows_bars
+from sdxl_train.ldm import tiny_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +106,8 @@ class PlainLoop:
         bar.close()
 
     def _unet(self) -> Any:
-        unet = tiny_parts()[0] if self.tiny else full_parts("sdpa")[0]
+        parts = tiny_parts(SDXL, TINY) if self.tiny else full_parts("sdpa")
+        unet: Any = parts.unet
         fill_in(unet, self.work.device, DTYPES[self.precision])
         unet.requires_grad_(False)
         if self.work.config.model.gradient_checkpointing:

@@ -30,7 +30,7 @@ from sdxl_lora_plugins.commands.bench_figures import (
     peak,
     training_flops,
 )
-from sdxl_lora_plugins.model.made_up import MadeUpSdxl
+from sdxl_lora_plugins.made_up import MadeUpSdxl
 from sdxl_train import __version__, train
 
 if TYPE_CHECKING:

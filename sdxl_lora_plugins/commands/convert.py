@@ -16,14 +16,15 @@ from sdxl_lora_plugins.commands.written import (
     require_values,
     stored_dtype,
 )
-from sdxl_lora_plugins.files.opening import open_networks
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import Field, Problem
+from sdxl_train.ldm import open_networks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sdxl_lora_plugins.files import NetworkFile, StoredModule
     from sdxl_lora_plugins.files.plain import PlainModule
+    from sdxl_train.ldm import NetworkFile, StoredModule
 
 
 class Convert(WritingCommand):
@@ -50,7 +51,7 @@ class Convert(WritingCommand):
     def run(self) -> int:
         """Rename, or decompose, and write."""
         problems = list(self.output_problems([self.model]))
-        files = open_networks([self.model], problems)
+        files = open_networks([self.model], SDXL, problems)
         problems += no_plain_lora(files, has_base=self.sd_model is not None)
         others = [m.title for file in files for m in file.modules.values() if not _is_plain(m)]
         if others and self.new_rank is None:
@@ -96,8 +97,8 @@ class Convert(WritingCommand):
                 yield f"{module.name}: {labelled(module)} -> LoRA of rank {min(sides)}"
 
     def _converted(self, file: NetworkFile) -> Iterator[tuple[PlainModule, str]]:
-        from sdxl_lora_plugins.files.deltas import delta
         from sdxl_lora_plugins.files.plain import decompose, from_svd, stored, weight_shape
+        from sdxl_train.ldm import delta
 
         lost: list[float] = []
         with file.weights() as read, base_or_none(self.sd_model) as base:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_lora_plugins.commands.demo_images import Pictures
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train.ldm import LoadedLdm
 
 RANK: Final = 16
 """Rank and alpha of the demo's LoRA."""
@@ -58,7 +58,7 @@ def compare(base: Path, lora: Path, zogs: Pictures, *, seed: int) -> tuple[Showi
     return before, show()
 
 
-def _loss(model: LoadedSdxl, zogs: Pictures, seed: int) -> float:
+def _loss(model: LoadedLdm, zogs: Pictures, seed: int) -> float:
     """Give the mean loss on pictures at fixed timesteps, with the noise of the seed."""
     generator = torch.Generator().manual_seed(seed)
     latents = model.encode_images(pixels(zogs))
@@ -73,7 +73,7 @@ def _loss(model: LoadedSdxl, zogs: Pictures, seed: int) -> float:
     return torch.stack(losses).mean().item()
 
 
-def _draw(model: LoadedSdxl, scheduler: EulerDiscreteScheduler, seed: int) -> dict[str, Pictures]:
+def _draw(model: LoadedLdm, scheduler: EulerDiscreteScheduler, seed: int) -> dict[str, Pictures]:
     """Draw each prompt several times, from the noise of the seed."""
     prompts = [prompt for prompt in _PROMPTS for _ in range(_PICTURES_OF_EACH)]
     told = condition(model.encode_text(prompts), len(prompts))

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm import tqdm
 
 from sdxl_lora_plugins.commands import demo_images
-from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.model import SDXL, TINY, Sdxl
+from sdxl_train.ldm import write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train.ldm import LoadedLdm
 
 _UNET: Final[dict[str, Any]] = {
     "sample_size": demo_images.SIZE // 4,
@@ -62,7 +62,7 @@ def make_base_model(folder: Path, *, steps: int, seed: int) -> None:
     captions = [c for c in demo_images.shape_captions() for _ in range(_PICTURES_OF_EACH)]
     shapes = pixels([demo_images.draw(caption, chance) for caption in captions])
     zogs = [demo_images.draw(demo_images.ZOG, chance) for _ in range(2 * _PICTURES_OF_EACH)]
-    write_tiny_sdxl(folder, seed=seed, prediction_type="v_prediction")
+    write_tiny(folder, SDXL, TINY, seed=seed, prediction_type="v_prediction")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = _resized(AutoencoderKL, folder / "vae", _VAE)
@@ -149,7 +149,7 @@ def _normalize_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
     quant.weight[:channels] /= scale.view(-1, 1, 1, 1)
 
 
-def _train_unet(model: LoadedSdxl, pictures: Tensor, captions: Sequence[str], steps: int) -> None:
+def _train_unet(model: LoadedLdm, pictures: Tensor, captions: Sequence[str], steps: int) -> None:
     """Teach the U-Net to draw pictures [N, 3, H, W] by their captions."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

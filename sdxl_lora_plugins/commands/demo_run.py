@@ -63,7 +63,7 @@ def _for_tiny_models() -> Iterator[None]:
     Tensors this small gain nothing from a second thread, and where something else is running they
     wait for it longer than they compute.
     """
-    threads, log = torch.get_num_threads(), logging.getLogger("sdxl_lora_plugins.model")
+    threads, log = torch.get_num_threads(), logging.getLogger("sdxl_train.ldm")
     level = log.level
     torch.set_num_threads(1)
     log.setLevel(logging.WARNING)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdxl_lora_plugins.files import Layer
     from sdxl_lora_plugins.files.base import BaseWeights
     from sdxl_lora_plugins.files.plain import PlainModule
+    from sdxl_train.ldm import Layer
 
 
 class Extract(WritingCommand):

@@ -9,13 +9,14 @@ from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdxl_lora_plugins.commands.written import number, progress, require
-from sdxl_lora_plugins.files.opening import open_networks, value_problems
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import Command, Field, Problem
+from sdxl_train.ldm import open_networks, value_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sdxl_lora_plugins.files import NetworkFile
+    from sdxl_train.ldm import NetworkFile
 
 
 with warnings.catch_warnings():
@@ -44,7 +45,7 @@ with warnings.catch_warnings():
         def run(self) -> int:
             """Read and print."""
             problems: list[Problem] = []
-            files = open_networks([self.model], problems)
+            files = open_networks([self.model], SDXL, problems)
             if self.config is not None:
                 problems += _config_problems(self.config)
             require(problems)
@@ -120,7 +121,7 @@ def _norms(file: NetworkFile) -> dict[str, float]:
 
     import torch
 
-    from sdxl_lora_plugins.files.deltas import square_norm
+    from sdxl_train.ldm import square_norm
 
     squares: dict[str, float] = {}
     modules = [module for module in file.modules.values() if not module.needs_base]

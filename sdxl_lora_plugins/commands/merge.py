@@ -16,8 +16,9 @@ from sdxl_lora_plugins.commands.written import (
     require_values,
     stored_dtype,
 )
-from sdxl_lora_plugins.files.opening import open_networks
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import Field, Problem
+from sdxl_train.ldm import open_networks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from tqdm import tqdm
 
-    from sdxl_lora_plugins.files import NetworkFile
+    from sdxl_train.ldm import NetworkFile
 
 
 class Merge(WritingCommand):
@@ -62,7 +63,7 @@ class Merge(WritingCommand):
                 )
         else:
             problems = list(self.output_problems(inputs))
-        files = open_networks(self.models, problems)
+        files = open_networks(self.models, SDXL, problems)
         if self.ratios is not None and len(self.ratios) != len(self.models):
             problems.append(
                 Problem(

@@ -11,21 +11,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sdxl_lora_plugins.files.deltas import delta, factors
 from sdxl_lora_plugins.files.lowrank import of_matrix, of_product
-from sdxl_lora_plugins.files.merging import Summand, misfit, parameters_of
 from sdxl_lora_plugins.files.plain import PlainModule, from_svd, weight_shape
-from sdxl_lora_plugins.model.headers import counted, read_header
 from sdxl_train import TENSOR_DTYPES, Problem, TensorEntry, UserError, write_tensors
+from sdxl_train.ldm import (
+    Summand,
+    counted,
+    delta,
+    factors,
+    misfit,
+    parameters_of,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.files import NetworkFile, StoredModule
     from sdxl_lora_plugins.files.base import BaseWeights
-    from sdxl_lora_plugins.model.origins import Origin
+    from sdxl_train.ldm import NetworkFile, Origin, StoredModule
 
 
 @dataclass(frozen=True, kw_only=True)

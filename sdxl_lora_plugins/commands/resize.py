@@ -17,8 +17,9 @@ from sdxl_lora_plugins.commands.written import (
     require_values,
     stored_dtype,
 )
-from sdxl_lora_plugins.files.opening import open_networks
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import Field, Problem
+from sdxl_train.ldm import open_networks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
     from sdxl_lora_plugins.commands.recipe import Recipe
     from sdxl_lora_plugins.commands.resize_run import Cut, Whole
-    from sdxl_lora_plugins.files import Layer, NetworkFile
     from sdxl_lora_plugins.files.base import BaseWeights
     from sdxl_lora_plugins.files.plain import PlainModule
+    from sdxl_train.ldm import Layer, NetworkFile
 
 
 class Resize(WritingCommand):
@@ -79,7 +80,7 @@ class Resize(WritingCommand):
         recipes = parse_recipes(self.recipe, "--recipe") if self.recipe else []
         base, paths = self._sources()
         problems = [*self._target_problems(paths, recipes), *self._rank_problems(recipes, base)]
-        files = open_networks(paths, problems)
+        files = open_networks(paths, SDXL, problems)
         require(problems + no_plain_lora(files, has_base=base is not None))
         require_values(files)
         with base_or_none(base) as opened:
@@ -262,13 +263,11 @@ def _all(layer: Layer) -> None:
 
 def _is_base(path: Path) -> bool:
     """Tell whether this is a base model and no network."""
-    from sdxl_lora_plugins.files import BadFileError
-    from sdxl_lora_plugins.model import kinds
-    from sdxl_lora_plugins.model.headers import read_header
+    from sdxl_train.ldm import BadFileError, kind_of, read_header
 
     if path.is_dir():
         return (path / "model_index.json").is_file()
     try:
-        return kinds.kind_of(read_header(path).shapes) == kinds.SDXL
+        return kind_of(read_header(path).shapes, SDXL) == SDXL.checkpoint
     except BadFileError:  # a problem of its own, told where networks are opened
         return False

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdxl_lora_plugins.commands.written import labelled
-from sdxl_lora_plugins.files.deltas import delta
 from sdxl_lora_plugins.files.lowrank import Svd
 from sdxl_lora_plugins.files.plain import decompose, from_svd, weight_shape
+from sdxl_train.ldm import delta
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.files import Layer, NetworkFile, StoredModule
     from sdxl_lora_plugins.files.base import BaseWeights
     from sdxl_lora_plugins.files.plain import PlainModule
+    from sdxl_train.ldm import Layer, NetworkFile, StoredModule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
-    from sdxl_lora_plugins.files import NetworkFile, StoredModule
     from sdxl_lora_plugins.files.base import BaseWeights
     from sdxl_lora_plugins.files.plain import OutputNaming, PlainFacts, PlainModule
+    from sdxl_train.ldm import NetworkFile, StoredModule
 
 Precision = Literal["input", "float", "fp16", "bf16"]
 ItemT = TypeVar("ItemT")
@@ -155,7 +155,7 @@ def require_values(files: Sequence[NetworkFile]) -> None:
     Raises:
         UserError: With the names of their tensors.
     """
-    from sdxl_lora_plugins.files.opening import value_problems
+    from sdxl_train.ldm import value_problems
 
     require([problem for file in files for problem in value_problems(file)])
 
@@ -166,8 +166,8 @@ def open_base(path: Path, place: str) -> BaseWeights:
     Raises:
         UserError: If it is none.
     """
-    from sdxl_lora_plugins.files import BadFileError
     from sdxl_lora_plugins.files.base import BaseWeights
+    from sdxl_train.ldm import BadFileError
 
     try:
         return BaseWeights(path)
@@ -204,7 +204,7 @@ def no_plain_lora(
 ) -> list[Problem]:
     """Say why networks cannot become a plain LoRA; ``remedy`` where the base model is wanted."""
     from sdxl_lora_plugins.files.plain import impossible
-    from sdxl_lora_plugins.model.headers import counted
+    from sdxl_train.ldm import counted
 
     return [
         Problem(

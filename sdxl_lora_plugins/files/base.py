@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Self
 
 from safetensors import safe_open
 
-from sdxl_lora_plugins.files.layers import Layer, parse_layer
-from sdxl_lora_plugins.model import kinds
-from sdxl_lora_plugins.model.headers import BadFileError, read_header
-from sdxl_lora_plugins.model.origins import Origin, openclip_origin
+from sdxl_lora_plugins.model import SDXL
+from sdxl_train.ldm import (
+    UNET,
+    BadFileError,
+    Layer,
+    Origin,
+    clip_origin,
+    kind_of,
+    openclip_origin,
+    parse_layer,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,7 +29,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_FOLDERS = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
+_FOLDERS = {"unet": "unet", **{form.name: form.folder for form in SDXL.text_encoders}}
+_TE1, _TE2 = (form.key for form in SDXL.text_encoders)
 
 
 class BaseWeights:
@@ -49,8 +58,8 @@ class BaseWeights:
                 raise BadFileError(f"{path.name} is a folder without an SDXL model in safetensors")
         else:
             shapes = read_header(path).shapes
-            if (kind := kinds.kind_of(shapes)) != kinds.SDXL:
-                raise BadFileError(f"{path.name} is {kind}", "name an SDXL base checkpoint")
+            if (kind := kind_of(shapes, SDXL)) != SDXL.checkpoint:
+                raise BadFileError(f"{path.name} is {kind}", f"name {SDXL.checkpoint}")
             self.places = dict.fromkeys(shapes, path)
 
     def __enter__(self) -> Self:
@@ -73,12 +82,12 @@ class BaseWeights:
             found = (f"{layer.part}.{path}" for path in paths)
             return next((Origin(name=name) for name in found if name in self.places), None)
         if layer.part == "unet":
-            origin = Origin(name=f"{kinds.UNET}{layer.path}.{parameter}")
-        elif layer.part == "te1":
-            root = kinds.TE1.removesuffix("text_model.")
-            origin = Origin(name=f"{root}{layer.path}.{parameter}")
+            origin = Origin(name=f"{UNET}{layer.path}.{parameter}")
         else:
-            origin = openclip_origin(f"{layer.path}.{parameter}")
+            encoder = SDXL.encoder(layer.part)
+            origin = openclip_origin(f"{layer.path}.{parameter}", encoder.key)
+            if encoder.naming == "transformers":
+                origin = clip_origin(f"{layer.path}.{parameter}", encoder.key, self.places)
         return origin if origin.name in self.places else None
 
     def weight(self, layer: Layer) -> Tensor | None:
@@ -127,21 +136,21 @@ class BaseWeights:
         if len(read_header(self.places[name]).shapes[stored]) < 2:
             return
         path = name.removesuffix(".weight").removesuffix("_weight")
-        if path == name and name != f"{kinds.TE2}text_projection":
+        if path == name and name != f"{_TE2}text_projection":
             return
         if self.is_folder:
             part, _, rest = path.partition(".")
             candidates = [f"{_FOLDERS[part]}.{rest}"]
-        elif path.startswith(kinds.UNET):
-            candidates = [f"unet.{path.removeprefix(kinds.UNET)}"]
-        elif path.startswith(kinds.TE1):
-            candidates = [f"text_encoder.text_model.{path.removeprefix(kinds.TE1)}"]
-        elif path.startswith(kinds.TE2):
-            candidates = list(_openclip_layers(path.removeprefix(kinds.TE2)))
+        elif path.startswith(UNET):
+            candidates = [f"unet.{path.removeprefix(UNET)}"]
+        elif path.startswith(_TE1):
+            candidates = [f"text_encoder.{path.removeprefix(_TE1)}"]
+        elif path.startswith(_TE2):
+            candidates = list(_openclip_layers(path.removeprefix(_TE2)))
         else:
             return
         for candidate in candidates:
-            found = parse_layer(candidate)
+            found = parse_layer(candidate, SDXL)
             if found and "norm" not in found[0].path and "embedding" not in found[0].path:
                 yield found[0]
 

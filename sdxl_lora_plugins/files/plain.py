@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import torch
 
-from sdxl_lora_plugins.files.deltas import delta, factors, scale
 from sdxl_lora_plugins.files.lowrank import Svd, of_matrix, of_product
-from sdxl_lora_plugins.files.network_file import ADAPTER_METADATA, NetworkFile
 from sdxl_train import TensorEntry, UserError, write_tensors
+from sdxl_train.ldm import ADAPTER_METADATA, adapter_metadata, delta, factors, scale
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,8 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.files.layers import Layer
-    from sdxl_lora_plugins.files.network_file import StoredModule
+    from sdxl_train.ldm import Layer, NetworkFile, StoredModule
 
 OutputNaming = Literal["kohya", "diffusers", "omi"]
 
@@ -220,7 +217,7 @@ def renewed(
         kept |= {"ot_branch": "omi_format", "modelspec.sai_model_spec": "1.0.0"}
         kept["modelspec.architecture"] = "stable-diffusion-xl-v1-base/lora"
     if naming == "diffusers":
-        kept[ADAPTER_METADATA] = _adapter_metadata({m.layer: m.rank for m in modules})
+        kept[ADAPTER_METADATA] = adapter_metadata({m.layer: m.rank for m in modules})
     return kept
 
 
@@ -231,63 +228,3 @@ def _alpha(module: PlainFacts, naming: OutputNaming) -> float:
 def _common(values: Sequence[float]) -> str:
     """Give the number that all share as text; ``Dynamic``, as sd-scripts has it, if they differ."""
     return str(values[0]) if len(set(values)) == 1 else "Dynamic"
-
-
-def for_diffusers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Name the tensors of a network as diffusers does; alpha / rank is multiplied in.
-
-    Args:
-        tensors: By kohya's names, on any device, the meta device too.
-
-    Returns:
-        The tensors in their dtype, and the metadata that tells their ranks.
-
-    Raises:
-        UserError: If it has other deltas than those of plain LoRA.
-    """
-    file = NetworkFile.of_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-    others = [
-        module
-        for module in file.modules.values()
-        if module.algorithm != "lora"
-        or not module.shapes.keys() <= {"lora_down.weight", "lora_up.weight", "alpha"}
-    ]
-    if others:
-        titles = " and ".join(sorted({module.title for module in others}))
-        raise UserError.of(
-            "network",
-            f"diffusers loads nothing but plain LoRA for SDXL, and {len(others)} layers are "
-            f"{titles}",
-            "save as safetensors; `sdxl-train convert --to diffusers` makes a LoRA of it",
-        )
-    named: dict[str, Tensor] = {}
-    ranks: dict[Layer, int] = {}
-    for module in file.modules.values():
-        down, up, alpha = (
-            tensors[module.keys[name]] for name in ("lora_down.weight", "lora_up.weight", "alpha")
-        )
-        ranks[module.layer] = len(down)
-        name = module.layer.name("diffusers")
-        scaled = up * (alpha.float() / len(down)).to(up.device)
-        named |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": scaled.to(up.dtype)}
-    return named, {ADAPTER_METADATA: _adapter_metadata(ranks)}
-
-
-def _adapter_metadata(ranks: Mapping[Layer, int]) -> str:
-    """Give peft's configuration of each part as diffusers keeps it; every alpha is the rank."""
-    content: dict[str, object] = {}
-    prefixes = {"unet": "unet", "te1": "text_encoder", "te2": "text_encoder_2"}
-    for part, prefix in prefixes.items():
-        own = {layer.diffusers_path: rank for layer, rank in ranks.items() if layer.part == part}
-        if not own:
-            continue
-        common = Counter(own.values()).most_common(1)[0][0]
-        others = {path: rank for path, rank in own.items() if rank != common}
-        content |= {
-            f"{prefix}.r": common,
-            f"{prefix}.lora_alpha": common,
-            f"{prefix}.rank_pattern": others,
-            f"{prefix}.alpha_pattern": others,
-            f"{prefix}.target_modules": sorted(own),
-        }
-    return json.dumps(content, sort_keys=True)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sdxl_lora_plugins.files.algorithms import algorithm_of, rank_of
 from sdxl_lora_plugins.networks.blocks import block_of
 from sdxl_lora_plugins.networks.rules import last_match, require_matches
+from sdxl_train.ldm import algorithm_of, rank_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

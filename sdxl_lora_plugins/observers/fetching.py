@@ -20,8 +20,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from sdxl_lora_plugins.model.hub import is_offline, keep_pipes_free_of_bars
 from sdxl_train import UserError
+from sdxl_train.ldm import is_offline, keep_pipes_free_of_bars
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sdxl_lora_plugins.model import Sdxl
+from sdxl_train.ldm import LdmModel
 
 if TYPE_CHECKING:
     from sdxl_train import LoadedModel, Run
@@ -56,7 +56,7 @@ def utilization(run: Run) -> dict[str, Any]:
         why = "no step is done"
     elif device.type != "cuda":
         why = "no peak rate of a CPU is known"
-    elif not isinstance(run.config.model, Sdxl):
+    elif not isinstance(run.config.model, LdmModel):
         why = "the operations of this model are not counted"
     elif run.config.training.mixed_precision == "no":
         why = "the peak rates that are known are of 16 bits"

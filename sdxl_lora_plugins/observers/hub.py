@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import SecretStr  # noqa: TC002 - pydantic reads the annotations
 
-from sdxl_lora_plugins.model.hub import is_offline
 from sdxl_train import Field, Observer, Problem
+from sdxl_train.ldm import is_offline
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

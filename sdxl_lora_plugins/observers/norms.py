@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sdxl_lora_plugins.files import BadFileError, NetworkFile
-from sdxl_lora_plugins.files.deltas import square_norm
+from sdxl_train.ldm import BadFileError, Family, NetworkFile, square_norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,18 +14,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def block_norms(state: Mapping[str, Tensor]) -> dict[str, float]:
+def block_norms(state: Mapping[str, Tensor], family: Family) -> dict[str, float]:
     """Give the Frobenius norm of all deltas of each block together.
 
     Args:
         state: A network under its names in files, on any device.
+        family: What it is for.
 
     Returns:
         The norms by block; empty for a network whose deltas cannot be told from its tensors alone.
     """
     try:
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        modules = NetworkFile.of_shapes(shapes).modules.values()
+        modules = NetworkFile.of_shapes(shapes, family).modules.values()
     except BadFileError:
         return {}
     squares: dict[str, list[Tensor]] = {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from sdxl_lora_plugins.model.samplers import SamplerName  # noqa: TC001 - pydantic needs it
 from sdxl_train import Field, Problem, UserError, read_text, read_toml
+from sdxl_train.ldm import SamplerName  # noqa: TC001 - pydantic needs it
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -11,6 +11,7 @@ from sdxl_lora_plugins.observers.norms import block_norms
 from sdxl_lora_plugins.report.page import ShownRun, page
 from sdxl_lora_plugins.report.pictures import Pictures
 from sdxl_train import Pace, write_atomically
+from sdxl_train.ldm import LdmModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +104,10 @@ class Reporting:
 
     def _note_norms(self, step: int) -> None:
         noted: dict[str, Any] = self.run.notes["weight_norms"]
-        norms = block_norms(self.run.assembly.adapter.state_dict())
+        model = self.run.config.model
+        norms = {}
+        if isinstance(model, LdmModel):
+            norms = block_norms(self.run.assembly.adapter.state_dict(), model.family)
         if not norms:
             noted["why"] = "the norms of this network's modules are not known"
             return

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
 from typing import TYPE_CHECKING, ClassVar
 
-from sdxl_lora_plugins.model.samplers import SamplerName  # noqa: TC001 - pydantic needs it
 from sdxl_lora_plugins.observers.prompts import read_prompts
 from sdxl_train import Field, Observer, Problem, UserError
+from sdxl_train.ldm import SamplerName  # noqa: TC001 - pydantic needs it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sdxl_lora_plugins.model.samplers import SAMPLERS
 from sdxl_lora_plugins.observers.prompts import rounded
 from sdxl_train import ImageRequest, SampledImage, __version__, derive_seed
+from sdxl_train.ldm import SAMPLERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

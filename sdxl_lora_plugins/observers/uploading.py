@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi
 
-from sdxl_lora_plugins.model.hub import keep_pipes_free_of_bars
+from sdxl_train.ldm import keep_pipes_free_of_bars
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 import sdxl_train
+from sdxl_train import ldm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "core" / "sdxl_train"
 BUILTIN = ROOT / "sdxl_lora_plugins"
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/*/__init__.py"))
+LDM = CORE / "ldm"
+PUBLIC = {"sdxl_train": sdxl_train.__all__, "sdxl_train.ldm": ldm.__all__}
 HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
 
 
@@ -58,7 +63,7 @@ def test_plugins_import_public_names_only_and_no_other_plugin() -> None:
         for path in _files(folder):
             for module, name in _imports(_parsed(path)):
                 if _top(module) == "sdxl_train":
-                    is_public = module == "sdxl_train" and name in sdxl_train.__all__
+                    is_public = name in PUBLIC.get(module, ())
                 elif _top(module) in packages:
                     is_public = _top(module) == folder.name
                 else:
@@ -74,7 +79,7 @@ def test_tests_of_plugins_use_the_public_names_and_the_kit_only() -> None:
     for folder in PLUGINS:
         for path in sorted((folder.parent / "tests").rglob("*.py")):
             for module, name in _imports(_parsed(path)):
-                is_public = module == "sdxl_train" and name in sdxl_train.__all__
+                is_public = name in PUBLIC.get(module, ())
                 is_kit = module.startswith("sdxl_train.testing")
                 if _top(module) == "sdxl_train" and not (is_public or is_kit):
                     wrong.append(f"{path.relative_to(ROOT)}: {module} {name}")
@@ -82,10 +87,33 @@ def test_tests_of_plugins_use_the_public_names_and_the_kit_only() -> None:
     assert wrong == []
 
 
-def test_public_names_exist() -> None:
-    for name in sdxl_train.__all__:
-        assert getattr(sdxl_train, name) is not None
-    assert set(sdxl_train.__all__) <= set(dir(sdxl_train))
+def test_framework_knows_no_latent_diffusion() -> None:
+    """``sdxl_train.ldm`` is a library for model families; nothing else in core imports it."""
+    framework = [path for path in _files(CORE) if LDM not in path.parents]
+    found = [
+        f"{path.relative_to(CORE)}: {module}"
+        for path in framework
+        for module, _ in _imports(_parsed(path))
+        if module.startswith("sdxl_train.ldm")
+    ]
+
+    assert found == []
+
+
+@pytest.mark.parametrize("path", _files(CORE), ids=lambda path: str(path.relative_to(CORE)))
+def test_core_names_no_model_family(path: Path) -> None:
+    text = re.sub(r"sdxl[-_]train|SdxlTrain|sdxl_lora_plugins|sdxl-lora", "", path.read_text())
+    # Settings and data sets that carry the name in the ecosystem.
+    text = re.sub(r"sdxl_train_network|sdxl_train", "", text)
+
+    assert not re.search(r"sdxl|\bsd1\b|\bsd2\b|bigG|te1\b.*CLIP", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize("module", [sdxl_train, ldm])
+def test_public_names_exist(module: ModuleType) -> None:
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    assert set(module.__all__) <= set(dir(module))
 
 
 def test_no_public_name_is_also_a_module() -> None:

@@ -23,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sdxl_train
-from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train.cli import main
 from sdxl_train.errors import UserError
+from sdxl_train.ldm.tiny import write_tiny
 from sdxl_train.preflight import prepare
 from sdxl_train.settings import from_mapping
 
@@ -220,21 +221,21 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL as a diffusers folder. Not to be written to."""
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny-sdxl", seed=SEED)
+    return write_tiny(tmp_path_factory.mktemp("model") / "tiny-sdxl", SDXL, TINY, seed=SEED)
 
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tiny SDXL as a single file. Not to be written to."""
     path = tmp_path_factory.mktemp("model") / "tiny-sdxl.safetensors"
-    return write_tiny_sdxl(path, seed=SEED, single_file=True)
+    return write_tiny(path, SDXL, TINY, seed=SEED, single_file=True)
 
 
 @pytest.fixture(scope="session")
 def tiny_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights as a model that says it predicts velocity. Not to be written to."""
     path = tmp_path_factory.mktemp("model") / "tiny-sdxl-v"
-    return write_tiny_sdxl(path, seed=SEED, prediction_type="v_prediction")
+    return write_tiny(path, SDXL, TINY, seed=SEED, prediction_type="v_prediction")
 
 
 @pytest.fixture(scope="session")
@@ -352,7 +353,7 @@ def processes() -> ForkServerContext:
     """Processes forked from one that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sdxl_train.run", "sdxl_train.planning", "sdxl_lora_plugins.model.loading"]
+        ["sdxl_train.run", "sdxl_train.planning", "sdxl_train.ldm.loading"]
     )
     return context
 

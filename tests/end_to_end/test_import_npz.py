@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdxl_lora_plugins.model.npz import find_npz, read_npz
 from sdxl_train.cli import main
 from sdxl_train.data.foreign_latents import agreeing
 from sdxl_train.data.listing import CACHE_FOLDER
+from sdxl_train.ldm.npz import find_npz, read_npz
 from tests.end_to_end.conftest import as_flags
 
 if TYPE_CHECKING:
@@ -81,16 +81,16 @@ def image(tmp_path: Path) -> Path:
 
 
 def test_both_names_of_the_files_are_known(image: Path) -> None:
-    assert find_npz(image, (96, 64)) is None
+    assert find_npz(image, (96, 64), "_sdxl") is None
     path = as_sd_scripts(
         image, np.ones((4, 8, 12), np.float32), latents_flipped=np.zeros((4, 8, 12))
     )
     assert path.name == "a.b_0096x0064_sdxl.npz"
-    assert find_npz(image, (96, 64)) == path
+    assert find_npz(image, (96, 64), "_sdxl") == path
     found = read_npz(path, (96, 64))
     assert {flipped: t.mean().item() for flipped, t in found.items()} == {False: 1.0, True: 0.0}
     path.replace(image.with_name("a.b.npz"))
-    assert find_npz(image, (96, 64)) == image.with_name("a.b.npz")
+    assert find_npz(image, (96, 64), "_sdxl") == image.with_name("a.b.npz")
 
 
 def explosive(path: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.samplers import SAMPLERS
 from sdxl_lora_plugins.observers.prompts import read_prompts
 from sdxl_train import ImageRequest, UserError
+from sdxl_train.ldm.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -146,7 +146,7 @@ def test_a_broken_vae_is_reported_and_not_fatal(
     def black(*arguments: Any) -> torch.Tensor:
         return torch.zeros(3, 64, 64)
 
-    monkeypatch.setattr("sdxl_lora_plugins.model.sampling.SdxlSampler.__call__", black)
+    monkeypatch.setattr("sdxl_train.ldm.sampling.LdmSampler.__call__", black)
     run = train_lora(sample_prompts=str(prompts), max_train_steps=1)
     assert not run.result.observer_failures
     assert "is of one colour" in caplog.text
@@ -155,16 +155,16 @@ def test_a_broken_vae_is_reported_and_not_fatal(
 def test_a_picture_that_fails_leaves_the_others(
     train_lora: TrainLora, prompts: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    from sdxl_lora_plugins.model.sampling import SdxlSampler
+    from sdxl_train.ldm.sampling import LdmSampler
 
-    whole = SdxlSampler.__call__
+    whole = LdmSampler.__call__
 
-    def fails(sampler: SdxlSampler, request: ImageRequest, text: Any) -> torch.Tensor:
+    def fails(sampler: LdmSampler, request: ImageRequest, text: Any) -> torch.Tensor:
         if request.prompt == "a tabby cat":
             raise IndexError("index 3 is out of bounds")
         return whole(sampler, request, text)
 
-    monkeypatch.setattr(SdxlSampler, "__call__", fails)
+    monkeypatch.setattr(LdmSampler, "__call__", fails)
     run = train_lora(sample_prompts=str(prompts), max_train_steps=1)
     assert not run.result.observer_failures
     assert "(a tabby cat) failed: IndexError: index 3 is out of bounds" in caplog.text

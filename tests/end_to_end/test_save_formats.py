@@ -11,8 +11,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 
 import sdxl_train
-from sdxl_lora_plugins.files.tensors import read_tensors
+from sdxl_lora_plugins.model import SDXL
 from sdxl_train import UserError
+from sdxl_train.ldm.files.tensors import read_tensors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -72,7 +73,7 @@ def test_every_format_holds_the_same_deltas(
 ) -> None:
     if not trained.path.is_dir():
         assert same_tensors(dict(torch.load(trained.path, weights_only=True)), reference)
-    ours = read_tensors(trained.path)
+    ours = read_tensors(trained.path, SDXL)
     for name, down in reference.items():
         layer, _, kind = name.partition(".")
         if kind != "lora_down.weight":
@@ -103,7 +104,7 @@ def test_training_goes_on_from_a_file_and_a_state_of_every_format(
         }
     )
 
-    began = read_tensors(trained.path)
+    began = read_tensors(trained.path, SDXL)
     assert torch.equal(second.initial[f"{Q}.lora_up.weight"], began[f"{Q}.lora_up.weight"])
     # What the resumed run had written was out of the way by then.
     (moved,) = tmp_path.glob("photo-until-*")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tests.end_to_end.conftest import MakeOptions, Place, StartProcess
 
 PREFLIGHT = ("sdxl_train.preflight:BatchPlan", 1)
-CACHING = ("sdxl_lora_plugins.model.loaded:LoadedSdxl.encode_images", 2)
+CACHING = ("sdxl_train.ldm.loaded:LoadedLdm.encode_images", 2)
 TRAINING = ("sdxl_train.loop:batch_loss", 2)
 SAVING = ("sdxl_train.tensor_file:_bytes", 3)
 SAMPLING = ("sdxl_lora_plugins.observers.sampling:Sampling._take", 1)

@@ -134,7 +134,7 @@ def together(
     runs = {name: options(**changes) for name, changes in scenarios.items()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sdxl_train.run", "sdxl_train.planning", "sdxl_lora_plugins.model.loading"]
+        ["sdxl_train.run", "sdxl_train.planning", "sdxl_train.ldm.loading"]
     )
     processes = [
         context.Process(target=train_as_one_of_two, args=(index, meeting, runs))

@@ -113,7 +113,7 @@ def run_two(tmp_path: Path) -> RunTwo:
     """Run the command in two processes: their exit codes, and what both have said."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["sdxl_train.run", "sdxl_train.planning", "sdxl_lora_plugins.model.loading"]
+        ["sdxl_train.run", "sdxl_train.planning", "sdxl_train.ldm.loading"]
     )
 
     def run(options: dict[str, Any]) -> tuple[list[int | None], str]:

@@ -13,15 +13,15 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.loaded import LoadedSdxl, Modules, Origins
-from sdxl_lora_plugins.model.text import TextOptions
-from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.model import SDXL, TINY, Sdxl
 from sdxl_lora_plugins.networks import Lora
 from sdxl_lora_plugins.optimizers import AdamW
 from sdxl_train import NoiseSchedule
 from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.data.dataset_options import DatasetOptions
+from sdxl_train.ldm.loaded import LoadedLdm, Modules, Origins
+from sdxl_train.ldm.text import TextOptions
+from sdxl_train.ldm.tiny import write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,21 +51,21 @@ def golden() -> Callable[[str], Any]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL as a diffusers folder. Not to be written to."""
-    return write_tiny_sdxl(tmp_path_factory.mktemp("tiny") / "folder", seed=SEED)
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "folder", SDXL, TINY, seed=SEED)
 
 
 @pytest.fixture(scope="session")
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tiny SDXL as a single file. Not to be written to."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
-    return write_tiny_sdxl(path, seed=SEED, single_file=True)
+    return write_tiny(path, SDXL, TINY, seed=SEED, single_file=True)
 
 
 @pytest.fixture(scope="session")
-def load_sdxl() -> Callable[..., LoadedSdxl]:
+def load_sdxl() -> Callable[..., LoadedLdm]:
     """Build the component from a path and options."""
 
-    def load(path: Path | str, device: str = "cpu", **options: Any) -> LoadedSdxl:
+    def load(path: Path | str, device: str = "cpu", **options: Any) -> LoadedLdm:
         dtype = options.pop("dtype", torch.float32)
         return Sdxl(pretrained_model_name_or_path=str(path), **options).build(device, dtype)
 
@@ -128,9 +128,11 @@ def full_size_modules() -> Modules:
     with torch.device("meta"):
         return Modules(
             unet=UNet2DConditionModel(**UNET),
-            te1=CLIPTextModel(CLIPTextConfig(**TE1, num_attention_heads=12)),
-            te2=CLIPTextModelWithProjection(
-                CLIPTextConfig(**TE2, num_attention_heads=20, projection_dim=1280)
+            text_encoders=(
+                CLIPTextModel(CLIPTextConfig(**TE1, num_attention_heads=12)),
+                CLIPTextModelWithProjection(
+                    CLIPTextConfig(**TE2, num_attention_heads=20, projection_dim=1280)
+                ),
             ),
             vae=AutoencoderKL(block_out_channels=(32, 32, 32, 32), latent_channels=4),
             tokenizers=cast("Any", ()),
@@ -143,11 +145,12 @@ def attach_full_size(full_size_modules: Modules) -> Callable[..., Assembly]:
 
     def assembled(network: Network, learning_rate: float = 1e-3, **options: Any) -> Assembly:
         component = Sdxl(pretrained_model_name_or_path="sdxl", **options)
-        model = LoadedSdxl(
+        model = LoadedLdm(
+            SDXL,
             full_size_modules,
             rates=component.rates(),
             schedule=NoiseSchedule.scaled_linear(),
-            reading=TextOptions(),
+            reading=TextOptions(clip_skip=2, final_norm=False),
             latent_scaling=0.13025,
             origins=Origins(model=None, model_name="sdxl"),
             device=torch.device("meta"),

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from sdxl_lora_plugins.files import BadFileError, NetworkFile
+from sdxl_lora_plugins.model import SDXL
+from sdxl_train.ldm import BadFileError, NetworkFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,7 +86,7 @@ def test_file_that_is_no_network_is_named_in_one_line(case: str, tmp_path: Path)
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(BadFileError) as caught:
-        NetworkFile.open(tmp_path / name)
+        NetworkFile.open(tmp_path / name, SDXL)
 
     message = caught.value.fault.message
     assert expected in message
@@ -96,7 +97,7 @@ def test_file_that_is_no_network_is_named_in_one_line(case: str, tmp_path: Path)
 def test_absent_file_is_named_in_one_line_61(tmp_path: Path) -> None:
     for name in ("a.safetensors", "a.pt"):
         with pytest.raises(BadFileError, match=f"{name} cannot be read: No such file"):
-            NetworkFile.open(tmp_path / name)
+            NetworkFile.open(tmp_path / name, SDXL)
 
 
 OTHER_KINDS: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
@@ -162,7 +163,7 @@ def test_file_for_something_else_is_told_what_it_is(case: str, tmp_path: Path) -
     save_file(tensors, path, metadata or None)
 
     with pytest.raises(BadFileError) as caught:
-        NetworkFile.open(path)
+        NetworkFile.open(path, SDXL)
 
     assert expected in caught.value.fault.message
     assert "\n" not in caught.value.fault.message
@@ -198,7 +199,7 @@ def test_broken_layer_is_named_in_one_line(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
 
-    (fault,) = NetworkFile.open(path).faults()
+    (fault,) = NetworkFile.open(path, SDXL).faults()
 
     assert fault.message == f"a.safetensors: {LAYER}: {expected}"
 
@@ -207,7 +208,7 @@ def test_keys_of_no_layer_are_counted_and_named_77(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**lora(), "lora_unet_what_ever.lora_up.weight": torch.ones(1, 1)}, path)
 
-    (fault,) = NetworkFile.open(path).faults()
+    (fault,) = NetworkFile.open(path, SDXL).faults()
 
     assert "1 tensor: lora_unet_what_ever.lora_up.weight" in fault.message
 
@@ -216,7 +217,7 @@ def test_one_layer_under_two_names_is_a_fault_75(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**lora(), **lora("lora_unet_down_blocks_1_attentions_0_proj_in")}, path)
 
-    found = NetworkFile.open(path)
+    found = NetworkFile.open(path, SDXL)
 
     assert "stands for the same tensor as" in next(found.faults()).message
 
@@ -227,7 +228,7 @@ def test_absent_alpha_is_said_76(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)
 
-    found = NetworkFile.open(path)
+    found = NetworkFile.open(path, SDXL)
 
     assert not list(found.faults())
     assert list(found.warnings()) == [
@@ -246,14 +247,14 @@ def test_axis_of_dora_is_told_by_its_shape_79(
     path = tmp_path / "a.safetensors"
     save_file({**tensors, f"{LAYER}.dora_scale": torch.ones(shape)}, path)
 
-    assert NetworkFile.open(path).modules[LAYER].dora_axis == axis
+    assert NetworkFile.open(path, SDXL).modules[LAYER].dora_axis == axis
 
 
 def test_norm_of_dora_that_fits_no_axis_is_a_fault_79(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_file({**lora(), f"{LAYER}.dora_scale": torch.ones(1, 5)}, path)
 
-    (fault,) = NetworkFile.open(path).faults()
+    (fault,) = NetworkFile.open(path, SDXL).faults()
 
     assert "dora_scale [1, 5] fits neither the inputs nor the outputs of [8, 8]" in fault.message
 
@@ -262,7 +263,7 @@ def test_metadata_that_is_no_json_is_ignored_and_said_80(tmp_path: Path) -> None
     path = tmp_path / "a.safetensors"
     save_file(lora(), path, {"ss_network_args": "{not json", "ss_tag_frequency": "{}"})
 
-    found = NetworkFile.open(path)
+    found = NetworkFile.open(path, SDXL)
 
     assert not list(found.faults())
     assert list(found.warnings()) == [

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 NETWORKS = {
     "lora": Lora(network_dim=3, network_alpha=2.0),
@@ -30,7 +30,7 @@ NETWORKS = {
 
 
 @pytest.fixture
-def model(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
+def model(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> LoadedLdm:
     """A model of one's own: merging changes it."""
     return load_sdxl(tiny_file)
 
@@ -38,7 +38,7 @@ def model(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
 @pytest.fixture(scope="module")
 def files(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """A file of each kind of network, with random factors."""
@@ -62,7 +62,7 @@ def files(
     return {name: folder / f"{name}.safetensors" for name in (*NETWORKS, "loha")}
 
 
-def layers(model: LoadedSdxl) -> dict[str, Any]:
+def layers(model: LoadedLdm) -> dict[str, Any]:
     return {
         f"{part.prefix}_{name}": part.module.get_submodule(path)
         for part in (*model.parts, *model.frozen_parts)
@@ -70,7 +70,7 @@ def layers(model: LoadedSdxl) -> dict[str, Any]:
     }
 
 
-def weights(model: LoadedSdxl) -> dict[str, Tensor]:
+def weights(model: LoadedLdm) -> dict[str, Tensor]:
     return {name: layer.weight.detach().clone() for name, layer in layers(model).items()}
 
 
@@ -93,7 +93,7 @@ def expected(before: dict[str, Tensor], networks: list[tuple[Path, float]]) -> d
 
 
 @pytest.mark.parametrize("kind", [*NETWORKS, "loha"])
-def test_file_of_each_kind_is_merged(model: LoadedSdxl, files: dict[str, Path], kind: str) -> None:
+def test_file_of_each_kind_is_merged(model: LoadedLdm, files: dict[str, Path], kind: str) -> None:
     before = weights(model)
     model.merge_networks([(files[kind], 0.75)])
     after, target = weights(model), expected(before, [(files[kind], 0.75)])
@@ -103,7 +103,7 @@ def test_file_of_each_kind_is_merged(model: LoadedSdxl, files: dict[str, Path], 
 
 
 def test_several_files_are_summed_in_any_order(
-    load_sdxl: Callable[..., LoadedSdxl], tiny_file: Path, files: dict[str, Path]
+    load_sdxl: Callable[..., LoadedLdm], tiny_file: Path, files: dict[str, Path]
 ) -> None:
     networks = [(files["lora"], 0.5), (files["dora"], 1.0), (files["lokr"], -1.0)]
     first, second = load_sdxl(tiny_file), load_sdxl(tiny_file)
@@ -121,7 +121,7 @@ def test_several_files_are_summed_in_any_order(
 
 
 def test_weights_in_8_bits_are_stored_anew(
-    load_sdxl: Callable[..., LoadedSdxl], tiny_file: Path, files: dict[str, Path]
+    load_sdxl: Callable[..., LoadedLdm], tiny_file: Path, files: dict[str, Path]
 ) -> None:
     plain, coarse = load_sdxl(tiny_file), load_sdxl(tiny_file, fp8_base=True)
     before = weights(coarse)
@@ -135,7 +135,7 @@ def test_weights_in_8_bits_are_stored_anew(
     assert (before[name] - exact[name]).abs().max() > 2 * error
 
 
-def test_norms_and_biases_of_a_file_are_merged(model: LoadedSdxl, tmp_path: Path) -> None:
+def test_norms_and_biases_of_a_file_are_merged(model: LoadedLdm, tmp_path: Path) -> None:
     found = layers(model)
     norm, linear = "lora_unet_middle_block_1_norm", "lora_unet_middle_block_1_proj_in"
     before = {
@@ -157,7 +157,7 @@ def test_norms_and_biases_of_a_file_are_merged(model: LoadedSdxl, tmp_path: Path
 
 
 def test_misfits_are_named(
-    load_sdxl: Callable[..., LoadedSdxl], tiny_file: Path, files: dict[str, Path], tmp_path: Path
+    load_sdxl: Callable[..., LoadedLdm], tiny_file: Path, files: dict[str, Path], tmp_path: Path
 ) -> None:
     planned = load_sdxl(tiny_file, device="meta")
     planned.merge_networks([(path, 1.0) for path in files.values()])
@@ -180,7 +180,7 @@ def test_misfits_are_named(
 
 @pytest.mark.parametrize("kind", ["lora", "locon", "lokr"])
 def test_ranks_are_taken_from_a_file(
-    model: LoadedSdxl, files: dict[str, Path], kind: str, tmp_path: Path
+    model: LoadedLdm, files: dict[str, Path], kind: str, tmp_path: Path
 ) -> None:
     # Some layers only, two of them with ranks of their own.
     state = {k: t for k, t in load_file(files[kind]).items() if "_te1_" not in k}

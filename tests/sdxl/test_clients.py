@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_train import Network
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 SIZE = {"network_dim": 4, "network_alpha": 2.0}
 BOTH, LYCORIS = ("diffusers", "lycoris"), ("lycoris",)
@@ -82,12 +82,12 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def model(load_sdxl: Callable[..., LoadedSdxl], tiny_folder: Path) -> LoadedSdxl:
+def model(load_sdxl: Callable[..., LoadedLdm], tiny_folder: Path) -> LoadedLdm:
     return load_sdxl(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def saved(model: LoadedSdxl, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
+def saved(model: LoadedLdm, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Saved]:
     """Give every factor of a network random values, and save it, once for all clients."""
     made: dict[str, Saved] = {}
     folder = tmp_path_factory.mktemp("files")
@@ -187,7 +187,7 @@ def unet_view(unet: nn.Module, names: dict[str, str]) -> nn.Module:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "client"), CASES)
 def test_client_takes_every_tensor_and_computes_as_training_did(
-    name: str, client: str, saved: Callable[[str], Saved], model: LoadedSdxl
+    name: str, client: str, saved: Callable[[str], Saved], model: LoadedLdm
 ) -> None:
     file = saved(name)
     before = run(model.denoiser, *model.text_encoders)

@@ -19,8 +19,9 @@ from lycoris.modules.lokr import LokrModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdxl_lora_plugins.files import NetworkFile
-from sdxl_lora_plugins.files.deltas import bias_delta, delta, factors
+from sdxl_lora_plugins.model import SDXL
+from sdxl_train.ldm import NetworkFile
+from sdxl_train.ldm.files.deltas import bias_delta, delta, factors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,7 +105,7 @@ def test_delta_is_what_lycoris_forward_adds(case: str, tmp_path: Path) -> None:
     weight, bias = plain["weight"], plain["bias"]
     x = torch.randn(2, shape[1], *(5,) * (len(shape) - 2))
 
-    found = NetworkFile.open(saved(module, tmp_path / "network.safetensors"))
+    found = NetworkFile.open(saved(module, tmp_path / "network.safetensors"), SDXL)
     stored = found.modules[NAME]
     with found.weights() as read:
         tensors = read(stored)
@@ -125,7 +126,7 @@ def test_factors_multiply_to_the_delta(case: str, tmp_path: Path) -> None:
     kind, shape, options = CASES[case]
     _, module, _ = random_module(kind, shape, options)
 
-    found = NetworkFile.open(saved(module, tmp_path / "network.safetensors"))
+    found = NetworkFile.open(saved(module, tmp_path / "network.safetensors"), SDXL)
     stored = found.modules[NAME]
     with found.weights() as read:
         tensors = read(stored)

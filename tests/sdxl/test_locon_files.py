@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_lora_plugins.networks.adapter import AdaptedLayer, LayerAdapter
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 NETWORKS: dict[str, tuple[type[Lora] | type[Lokr], dict[str, Any]]] = {
     "lora": (Lora, {"network_alpha": 3}),
@@ -49,25 +49,25 @@ every_network = pytest.mark.parametrize("name", list(NETWORKS))
 
 
 @pytest.fixture
-def model(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
+def model(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> LoadedLdm:
     return load_sdxl(tiny_file)
 
 
 @pytest.fixture
 def predict(
     sizes: Callable[[int], dict[str, Tensor]],
-) -> Callable[[LoadedSdxl], Tensor]:
+) -> Callable[[LoadedLdm], Tensor]:
     """Ask text encoders and U-Net about fixed inputs."""
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
-    def ask(model: LoadedSdxl) -> Tensor:
+    def ask(model: LoadedLdm) -> Tensor:
         text = model.encode_text(["a tabby cat", "a rocket"])
         return model.predict(noisy, torch.tensor([20, 900]), {**text, **sizes(2)})
 
     return ask
 
 
-def attach(name: str, model: LoadedSdxl, **options: Any) -> LayerAdapter:
+def attach(name: str, model: LoadedLdm, **options: Any) -> LayerAdapter:
     kind, own = NETWORKS[name]
     torch.manual_seed(0)
     return cast("LayerAdapter", kind(**{**own, **options}).build(model))
@@ -82,7 +82,7 @@ def train_somehow(adapter: LayerAdapter, seed: int = 1) -> None:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def layers_of(model: LoadedSdxl) -> dict[str, nn.Linear | nn.Conv2d]:
+def layers_of(model: LoadedLdm) -> dict[str, nn.Linear | nn.Conv2d]:
     return {
         f"{part.prefix}_{name}": cast("nn.Linear", part.module.get_submodule(path))
         for part in model.parts
@@ -135,7 +135,7 @@ def with_weight(layer: nn.Linear | nn.Conv2d, weight: Tensor, x: Tensor) -> Tens
 
 
 @every_network
-def test_file_says_what_the_layer_does(name: str, model: LoadedSdxl, tmp_path: Path) -> None:
+def test_file_says_what_the_layer_does(name: str, model: LoadedLdm, tmp_path: Path) -> None:
     adapter = attach(name, model)
     train_somehow(adapter)
     layers = layers_of(model)
@@ -157,7 +157,7 @@ def test_file_says_what_the_layer_does(name: str, model: LoadedSdxl, tmp_path: P
 
 @every_network
 def test_fresh_network_changes_nothing_and_detach_restores(
-    name: str, model: LoadedSdxl, predict: Callable[[LoadedSdxl], Tensor]
+    name: str, model: LoadedLdm, predict: Callable[[LoadedLdm], Tensor]
 ) -> None:
     with torch.no_grad():
         before = predict(model)
@@ -172,7 +172,7 @@ def test_fresh_network_changes_nothing_and_detach_restores(
 
 @every_network
 def test_saved_network_goes_on_as_it_was(
-    name: str, model: LoadedSdxl, predict: Callable[[LoadedSdxl], Tensor]
+    name: str, model: LoadedLdm, predict: Callable[[LoadedLdm], Tensor]
 ) -> None:
     adapter = attach(name, model)
     train_somehow(adapter)
@@ -188,7 +188,7 @@ def test_saved_network_goes_on_as_it_was(
 
 
 @every_network
-def test_only_factors_train_in_fp32_and_all_of_them_once(name: str, model: LoadedSdxl) -> None:
+def test_only_factors_train_in_fp32_and_all_of_them_once(name: str, model: LoadedLdm) -> None:
     adapter = attach(name, model)
     frozen = {id(p) for part in model.parts for p in part.module.parameters()}
     held = [parameter for group in adapter.groups() for parameter in group.parameters]
@@ -201,7 +201,7 @@ def test_only_factors_train_in_fp32_and_all_of_them_once(name: str, model: Loade
 
 @every_network
 def test_network_on_meta_has_the_same_shapes(
-    name: str, model: LoadedSdxl, tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    name: str, model: LoadedLdm, tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     planned = attach(name, load_sdxl(tiny_file, "meta")).state_dict()
     real = attach(name, model).state_dict()
@@ -212,8 +212,8 @@ def test_network_on_meta_has_the_same_shapes(
 def test_gradients_reach_fp32_factors_under_bf16_weights(
     name: str,
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
-    predict: Callable[[LoadedSdxl], Tensor],
+    load_sdxl: Callable[..., LoadedLdm],
+    predict: Callable[[LoadedLdm], Tensor],
 ) -> None:
     model = load_sdxl(tiny_file, dtype=torch.bfloat16, network_train_unet_only=True)
     adapter = attach(name, model)
@@ -230,7 +230,7 @@ def test_gradients_reach_fp32_factors_under_bf16_weights(
 
 @pytest.mark.parametrize("name", ["locon", "lokr", "dora"])
 def test_network_is_never_affected_by_another(
-    name: str, model: LoadedSdxl, tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    name: str, model: LoadedLdm, tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     alone = list(attach("lora", load_sdxl(tiny_file, "meta")).state_dict())
     attach(name, model)
@@ -238,7 +238,7 @@ def test_network_is_never_affected_by_another(
 
 
 def test_other_rank_or_scaling_is_refused(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     state = attach("lora", load_sdxl(tiny_file)).state_dict()
     for options in ({"rs_lora": True}, {"network_dim": 8}, {"dora_wd": True}):
@@ -247,14 +247,14 @@ def test_other_rank_or_scaling_is_refused(
             receiver.load_state_dict(state)
 
 
-def a_layer(name: str, model: LoadedSdxl, suffix: str, **options: Any) -> AdaptedLayer:
+def a_layer(name: str, model: LoadedLdm, suffix: str, **options: Any) -> AdaptedLayer:
     adapter = attach(name, model, **options)
     train_somehow(adapter)
     return next(layer for key, layer in adapter.layers.items() if key.endswith(suffix))
 
 
 @pytest.mark.parametrize("name", ["lora", "lokr"])
-def test_module_dropout_leaves_layers_out_in_training_only(name: str, model: LoadedSdxl) -> None:
+def test_module_dropout_leaves_layers_out_in_training_only(name: str, model: LoadedLdm) -> None:
     layer = a_layer(name, model, "attn1_to_q", module_dropout=0.3)
     x = torch.randn(2, 3, layer._base_forward.__self__.in_features)  # type: ignore[attr-defined]
     base = layer._base_forward(x)
@@ -266,7 +266,7 @@ def test_module_dropout_leaves_layers_out_in_training_only(name: str, model: Loa
 
 
 @pytest.mark.parametrize("suffix", ["attn1_to_q", "in_layers_2", "emb_layers_1"])
-def test_rank_dropout_drops_whole_ranks_of_a_sample(suffix: str, model: LoadedSdxl) -> None:
+def test_rank_dropout_drops_whole_ranks_of_a_sample(suffix: str, model: LoadedLdm) -> None:
     layer: Any = a_layer("locon", model, suffix, rank_dropout=0.25, conv_dim=4)
     base = layer._base_forward.__self__
     shape = {"attn1_to_q": [500, 6, -1], "in_layers_2": [500, -1, 3, 3], "emb_layers_1": [500, -1]}
@@ -284,7 +284,7 @@ def test_rank_dropout_drops_whole_ranks_of_a_sample(suffix: str, model: LoadedSd
         assert torch.equal(layer.dropped(low), low)
 
 
-def test_rank_dropout_of_lokr_drops_whole_outputs(model: LoadedSdxl) -> None:
+def test_rank_dropout_of_lokr_drops_whole_outputs(model: LoadedLdm) -> None:
     layer: Any = a_layer("lokr", model, "in_layers_2", rank_dropout=0.25)
     x = torch.randn(60, layer._base_forward.__self__.in_channels, 4, 4)
     delta = layer.delta(x).detach()
@@ -296,7 +296,7 @@ def test_rank_dropout_of_lokr_drops_whole_outputs(model: LoadedSdxl) -> None:
 
 
 def test_dropout_is_the_same_with_gradient_checkpointing(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], predict: Callable[[LoadedSdxl], Tensor]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], predict: Callable[[LoadedLdm], Tensor]
 ) -> None:
     gradients = []
     for checkpointing in (False, True):

@@ -12,15 +12,17 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxl_lora_plugins.model import checkpoint, kinds, names
-from sdxl_lora_plugins.model.configs import layout_of
+from sdxl_lora_plugins.model import SDXL
+from sdxl_train.ldm import VAE as VAE_KEY
+from sdxl_train.ldm import checkpoint, names
+from sdxl_train.ldm.configs import layout_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
-    from sdxl_lora_plugins.model.origins import Origin
+    from sdxl_train.ldm.loaded import LoadedLdm
+    from sdxl_train.ldm.origins import Origin
 
 # The published configurations of stable-diffusion-xl-base-1.0.
 UNET = {
@@ -89,10 +91,10 @@ def full_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae = AutoencoderKL(**VAE)
     shapes = {
         **stored_shapes(unet, checkpoint.unet_origins(unet)),
-        **stored_shapes(te1, checkpoint.clip_origins(te1)),
-        **stored_shapes(te2, checkpoint.openclip_origins(te2)),
+        **stored_shapes(te1, checkpoint.clip_origins(te1, SDXL.encoder("te1"))),
+        **stored_shapes(te2, checkpoint.clip_origins(te2, SDXL.encoder("te2"))),
         **{
-            kinds.VAE + names.vae_to_ldm(path, 4): list(tensor.shape)
+            VAE_KEY + names.vae_to_ldm(path, 4): list(tensor.shape)
             for path, tensor in vae.state_dict().items()
         },
     }
@@ -111,11 +113,11 @@ def full_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full_model(full_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
+def full_model(full_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> LoadedLdm:
     return load_sdxl(full_file, "meta", dtype=torch.bfloat16)
 
 
-def test_configurations_are_read_off_shapes(full_model: LoadedSdxl) -> None:
+def test_configurations_are_read_off_shapes(full_model: LoadedLdm) -> None:
     assert full_model.vae is not None
     te1: Any
     te2: Any
@@ -131,12 +133,12 @@ def test_configurations_are_read_off_shapes(full_model: LoadedSdxl) -> None:
     assert full_model.latent_scale == 8
 
 
-def test_full_size_unet_has_its_parameters(full_model: LoadedSdxl) -> None:
+def test_full_size_unet_has_its_parameters(full_model: LoadedLdm) -> None:
     assert sum(p.numel() for p in full_model.denoiser.parameters()) == 2_567_463_684
 
 
 def test_module_names_are_those_of_sd_scripts(
-    full_model: LoadedSdxl, golden: Callable[[str], Any]
+    full_model: LoadedLdm, golden: Callable[[str], Any]
 ) -> None:
     """LoRA targets of sd-scripts: linear layers and 1x1 convolutions of transformers and CLIP."""
     expected = golden("sdxl_module_names")
@@ -166,7 +168,7 @@ def test_module_names_are_those_of_sd_scripts(
     } <= named.keys()
 
 
-def test_unet_names_go_there_and_back(full_model: LoadedSdxl) -> None:
+def test_unet_names_go_there_and_back(full_model: LoadedLdm) -> None:
     blocks = layout_of(full_model.denoiser.config).blocks()
     paths = list(full_model.denoiser.state_dict())
     sgm = [names.unet_to_sgm(path, blocks) for path in paths]
@@ -186,7 +188,7 @@ def test_unet_names_go_there_and_back(full_model: LoadedSdxl) -> None:
     ],
 )
 def test_blocks_have_the_indices_that_clients_know(
-    path: str, name: str, full_model: LoadedSdxl
+    path: str, name: str, full_model: LoadedLdm
 ) -> None:
     """The cases that the interop report spells out."""
     blocks = layout_of(full_model.denoiser.config).blocks()

@@ -17,21 +17,22 @@ from diffusers.loaders.single_file_utils import (
 )
 from safetensors.torch import load_file, save_file
 
-from sdxl_lora_plugins.model import Sdxl, hub
-from sdxl_lora_plugins.model.tiny import write_tiny_sdxl
+from sdxl_lora_plugins.model import SDXL, TINY, Sdxl
 from sdxl_train import UserError
+from sdxl_train.ldm import hub
+from sdxl_train.ldm.tiny import write_tiny
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_train import RunConfig
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 CAPTIONS = ["a cat", "1girl, solo, (smile:1.2), it's a long caption with UPPER case"]
 
 
-def predict(model: LoadedSdxl, sizes: dict[str, torch.Tensor]) -> torch.Tensor:
+def predict(model: LoadedLdm, sizes: dict[str, torch.Tensor]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(2, 3, 64, 96, generator=generator) * 2 - 1
     with torch.no_grad():
@@ -42,7 +43,7 @@ def predict(model: LoadedSdxl, sizes: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_folder_and_single_file_predict_the_same(
     tiny_folder: Path,
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     of_folder = predict(load_sdxl(tiny_folder), sizes(2))
@@ -53,7 +54,7 @@ def test_folder_and_single_file_predict_the_same(
 
 
 def test_single_file_is_what_diffusers_converts(
-    tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     """Diffusers' own converters, written apart from ours, read the file as we do."""
     model = load_sdxl(tiny_file)
@@ -76,7 +77,7 @@ def test_single_file_is_what_diffusers_converts(
 
 @pytest.mark.parametrize("single_file", [True, False])
 def test_meta_build_has_the_shapes_of_the_real_one(
-    single_file: bool, tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    single_file: bool, tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     path = tiny_file if single_file else tiny_folder
     real = load_sdxl(path, dtype=torch.bfloat16)
@@ -93,8 +94,8 @@ def test_tiny_models_of_one_seed_are_alike(
     tmp_path: Path,
     tiny_file: Path,
 ) -> None:
-    again = load_file(write_tiny_sdxl(tmp_path / "a.safetensors", seed=7, single_file=True))
-    other = load_file(write_tiny_sdxl(tmp_path / "b.safetensors", seed=8, single_file=True))
+    again = load_file(write_tiny(tmp_path / "a.safetensors", SDXL, TINY, seed=7, single_file=True))
+    other = load_file(write_tiny(tmp_path / "b.safetensors", SDXL, TINY, seed=8, single_file=True))
     first = load_file(tiny_file)
     name = "model.diffusion_model.out.2.weight"
     assert all(torch.equal(again[key], first[key]) for key in first)
@@ -113,7 +114,7 @@ def test_any_storage_precision_is_cast(
     stored: torch.dtype,
     tiny_file: Path,
     tmp_path: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
 ) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in load_file(tiny_file).items()}
     save_file(tensors, tmp_path / "x.safetensors")
@@ -134,9 +135,9 @@ def test_any_storage_precision_is_cast(
 
 
 def test_half_variant_of_a_folder_is_found(
-    tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
-    folder = write_tiny_sdxl(tmp_path / "half", dtype=torch.float16)
+    folder = write_tiny(tmp_path / "half", SDXL, TINY, dtype=torch.float16)
     for weights in list(folder.rglob("*.safetensors")):
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     model = load_sdxl(folder)
@@ -144,7 +145,7 @@ def test_half_variant_of_a_folder_is_found(
 
 
 def test_missing_tensors_are_counted_and_named(
-    tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     tensors = load_file(tiny_file)
     gone = sorted(name for name in tensors if "output_blocks.1.0." in name)
@@ -171,7 +172,7 @@ def test_missing_tensors_are_counted_and_named(
     ],
 )
 def test_any_missing_tensor_is_a_user_error(
-    name: str, tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    name: str, tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     tensors = load_file(tiny_file)
     del tensors[name]
@@ -181,7 +182,7 @@ def test_any_missing_tensor_is_a_user_error(
 
 
 def test_other_depths_and_shapes_are_refused(
-    tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     """A distilled U-Net lacks whole transformer blocks; it must not load as if it were SDXL."""
     tensors = load_file(tiny_file)
@@ -198,7 +199,7 @@ def test_other_depths_and_shapes_are_refused(
 def test_unknown_tensors_are_counted_once(
     tiny_file: Path,
     tmp_path: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     text_model = "conditioner.embedders.0.transformer.text_model."
@@ -221,7 +222,7 @@ def test_unknown_tensors_are_counted_once(
 
 
 def test_build_refuses_what_the_check_refuses(
-    tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"<html></html>")
     with pytest.raises(UserError, match="web page"):
@@ -229,7 +230,7 @@ def test_build_refuses_what_the_check_refuses(
 
 
 def test_vae_encodes_as_diffusers_does(
-    tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     images = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     vae = AutoencoderKL.from_pretrained(tiny_folder / "vae")
@@ -243,8 +244,8 @@ def test_vae_encodes_as_diffusers_does(
 @pytest.fixture
 def other_vae(tmp_path: Path) -> dict[str, Path]:
     """The VAE of another seed in every form that ``--vae`` takes."""
-    folder = write_tiny_sdxl(tmp_path / "other", seed=11)
-    file = write_tiny_sdxl(tmp_path / "other.safetensors", seed=11, single_file=True)
+    folder = write_tiny(tmp_path / "other", SDXL, TINY, seed=11)
+    file = write_tiny(tmp_path / "other.safetensors", SDXL, TINY, seed=11, single_file=True)
     prefix = "first_stage_model."
     ldm = {k.removeprefix(prefix): v for k, v in load_file(file).items() if k.startswith(prefix)}
     save_file(ldm, tmp_path / "ldm.safetensors")
@@ -265,7 +266,7 @@ def other_vae(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_replacement_vae_is_used_in_every_form(
-    other_vae: dict[str, Path], tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    other_vae: dict[str, Path], tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
@@ -280,7 +281,7 @@ def test_hub_id_is_read_from_the_local_cache(
     tiny_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
 ) -> None:
     commit = "0" * 40
     repo = tmp_path / "models--someone--tiny-sdxl"
@@ -340,7 +341,7 @@ def test_unreachable_hub_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_prediction_type_comes_from_the_model(
     tmp_path: Path,
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -350,7 +351,7 @@ def test_prediction_type_comes_from_the_model(
     for stem, said in (("v", "v"), ("eps", "epsilon")):
         metadata = {"modelspec.prediction_type": said}
         save_file(tensors, tmp_path / f"{stem}.safetensors", metadata=metadata)
-    folder = write_tiny_sdxl(tmp_path / "folder", prediction_type="v_prediction")
+    folder = write_tiny(tmp_path / "folder", SDXL, TINY, prediction_type="v_prediction")
     assert load_sdxl(tiny_file, "meta").schedule.prediction_type == "epsilon"
     for name, where in (
         ("marker.safetensors", "its marker v_pred"),
@@ -395,7 +396,7 @@ def test_options_win_over_what_the_model_says(
     assert "--zero_terminal_snr is meant for models that predict velocity" in remark
 
 
-def test_v_target_is_the_velocity(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> None:
+def test_v_target_is_the_velocity(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> None:
     """v = sqrt(abar) noise - sqrt(1 - abar) x0, Salimans & Ho 2022, appendix D."""
     generator = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 2, 4, 8, 8, generator=generator)
@@ -411,7 +412,7 @@ def test_v_target_is_the_velocity(tiny_file: Path, load_sdxl: Callable[..., Load
 
 
 def test_folder_whose_part_lacks_tensors_is_refused(
-    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     for part, gone in (
         ("unet", "conv_in.bias"),
@@ -428,7 +429,7 @@ def test_folder_whose_part_lacks_tensors_is_refused(
 
 
 def test_scale_of_latents_is_that_of_the_folder(
-    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     shutil.copytree(tiny_folder, tmp_path / "model")
     path = tmp_path / "model" / "vae" / "config.json"
@@ -439,7 +440,7 @@ def test_scale_of_latents_is_that_of_the_folder(
 
 
 def test_schedule_has_its_numbers_where_weights_have_none(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     planned, real = load_sdxl(tiny_file, "meta").schedule, load_sdxl(tiny_file).schedule
     assert torch.equal(planned.alphas_cumprod, real.alphas_cumprod)

@@ -11,15 +11,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.fp8 import store_in_fp8
 from sdxl_train import UserError
+from sdxl_train.ldm.fp8 import store_in_fp8
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_train import RunConfig
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -38,7 +38,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 
 def predict(
-    model: LoadedSdxl, sizes: Callable[[int], dict[str, torch.Tensor]]
+    model: LoadedLdm, sizes: Callable[[int], dict[str, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A prediction, and the gradient of its sum for the noisy latents."""
     noisy = torch.randn(2, 4, 8, 12, generator=generator()).requires_grad_()
@@ -121,7 +121,7 @@ def test_assigning_a_weight_stores_it_anew() -> None:
 def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
     source: str,
     request: pytest.FixtureRequest,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     path = request.getfixturevalue(source)
@@ -163,7 +163,7 @@ def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
 def test_memory_options_change_no_result(
     options: dict[str, Any],
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     expected, gradient = predict(load_sdxl(tiny_file), sizes)
@@ -174,7 +174,7 @@ def test_memory_options_change_no_result(
 
 def test_mem_eff_attn_never_makes_the_whole_matrix(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     """Of 8 x 12 latents the first level with attention has 24 tokens."""
@@ -197,7 +197,7 @@ def test_mem_eff_attn_never_makes_the_whole_matrix(
 
 def test_offloading_takes_what_is_kept_to_the_cpu(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -217,19 +217,19 @@ def test_offloading_takes_what_is_kept_to_the_cpu(
 
 
 def test_unmapped_file_is_read_as_a_whole(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], monkeypatch: pytest.MonkeyPatch
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("the file was mapped")
 
-    monkeypatch.setattr("sdxl_lora_plugins.model.checkpoint.safe_open", fail)
+    monkeypatch.setattr("sdxl_train.ldm.checkpoint.safe_open", fail)
     load_sdxl(tiny_file, disable_mmap_load_safetensors=True)
     with pytest.raises(AssertionError, match="mapped"):
         load_sdxl(tiny_file)
 
 
 def test_highvram_keeps_freed_device_memory(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl], monkeypatch: pytest.MonkeyPatch
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -241,7 +241,7 @@ def test_highvram_keeps_freed_device_memory(
 
 
 def test_compiler_that_torch_lacks_is_refused(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     with pytest.raises(UserError, match=r"--dynamo_backend: 'nvfuser' is no .*\n.*inductor"):
         load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_backend="nvfuser")
@@ -251,7 +251,7 @@ def test_xformers_is_asked_for_where_it_is_missing(
     tiny_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Sdxl(pretrained_model_name_or_path=str(tiny_file), xformers=True)
-    monkeypatch.setattr("sdxl_lora_plugins.model.memory.find_spec", lambda name: None)
+    monkeypatch.setattr("sdxl_train.ldm.memory.find_spec", lambda name: None)
     (problem,) = model.memory_problems(a_config())
     assert "pip install xformers" in problem.remedy
     with pytest.raises(UserError, match="--xformers: needs a GPU"):

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sdxl_lora_plugins.model import Sdxl
-from sdxl_lora_plugins.model.sources import locate
+from sdxl_train.ldm.sources import locate
 
 if TYPE_CHECKING:
     from collections.abc import Callable

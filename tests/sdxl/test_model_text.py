@@ -12,14 +12,15 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.models.embeddings import Timesteps
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxl_lora_plugins.model import text
-from sdxl_lora_plugins.model.tokenizer import clip_tokenizer, load_tokenizers
+from sdxl_lora_plugins.model import SDXL
+from sdxl_train.ldm import text
+from sdxl_train.ldm.tokenizer import clip_tokenizer, load_tokenizers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 CAPTIONS = ["a cat", "1girl, solo, (smile:1.2), it's UPPER <|endoftext|> case", ""]
 
@@ -28,11 +29,11 @@ CAPTIONS = ["a cat", "1girl, solo, (smile:1.2), it's UPPER <|endoftext|> case", 
 def test_token_ids_equal_the_golden_ones(
     of_folder: bool, tiny_folder: Path, golden: Callable[[str], Any]
 ) -> None:
-    tokenizers = load_tokenizers(tiny_folder if of_folder else None, None)
+    tokenizers = load_tokenizers(SDXL.text_encoders, tiny_folder if of_folder else None, None)
     for row in golden("tokens"):
         num_chunks = (row["max_token_length"] or 75) // 75
         for tokenizer, padding, expected in zip(
-            tokenizers, text.TEXT_ENCODER_PADDING, (row["ids1"], row["ids2"]), strict=True
+            tokenizers, (None, 0), (row["ids1"], row["ids2"]), strict=True
         ):
             ids = text.tokenize(tokenizer, [row["prompt"]], num_chunks=num_chunks, padding=padding)
             assert ids.tolist() == expected, (row["prompt"], num_chunks)
@@ -49,7 +50,7 @@ def test_packaged_tokenizer_is_complete() -> None:
 
 def test_tokenizer_cache_is_filled_and_read(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = load_tokenizers(None, cache)
+    first = load_tokenizers(SDXL.text_encoders, None, cache)
     assert sorted(path.name for path in cache.iterdir()) == [
         "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k",
         "openai_clip-vit-large-patch14",
@@ -57,7 +58,7 @@ def test_tokenizer_cache_is_filled_and_read(tmp_path: Path) -> None:
     kept = CLIPTokenizer.from_pretrained(cache / "openai_clip-vit-large-patch14")
     kept.add_tokens(["zzyzx"])
     kept.save_pretrained(cache / "openai_clip-vit-large-patch14")
-    second = load_tokenizers(None, cache)
+    second = load_tokenizers(SDXL.text_encoders, None, cache)
     assert len(first[0]) == 49408
     assert len(second[0]) == 49409
 
@@ -79,7 +80,7 @@ def test_chunks_follow_the_reference_table(num_tokens: int, lengths: list[int]) 
 
 
 def test_encoding_equals_the_pipelines_own(
-    tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_folder, local_files_only=True)
     with torch.no_grad():
@@ -90,7 +91,7 @@ def test_encoding_equals_the_pipelines_own(
 
 
 def test_long_texts_are_joined_from_chunks(
-    tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     """Reference 5.2: first state, the 75 inner states of each chunk, last state of the last."""
     model = load_sdxl(tiny_folder, max_token_length=150)
@@ -108,7 +109,7 @@ def test_long_texts_are_joined_from_chunks(
 
 
 def test_pooled_text_is_taken_at_the_first_eos(
-    tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     """By the formula: the final norm's output at the first EOS, through the projection."""
     model = load_sdxl(tiny_folder)
@@ -134,7 +135,7 @@ def test_size_embedding_equals_the_golden_one(golden: Callable[[str], Any]) -> N
 
 def test_sizes_reach_the_unet_in_order(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     model = load_sdxl(tiny_file, dtype=torch.bfloat16)
@@ -150,7 +151,7 @@ def test_sizes_reach_the_unet_in_order(
 
 
 def test_a_folder_with_a_vocabulary_of_its_own_is_read_with_it(
-    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_folder: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     folder = tmp_path / "small"
     shutil.copytree(tiny_folder, folder)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_train import RunConfig
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 
-def gradients(model: LoadedSdxl, sizes: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def gradients(model: LoadedLdm, sizes: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """Give gradients of one layer each of the U-Net and both encoders, as a network would get."""
     watched = [
         model.denoiser.get_submodule("up_blocks.0.attentions.0.proj_in"),
@@ -39,7 +39,7 @@ def gradients(model: LoadedSdxl, sizes: dict[str, torch.Tensor]) -> list[torch.T
 
 def test_gradient_checkpointing_changes_no_gradient(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     expected = gradients(load_sdxl(tiny_file), sizes(1))
@@ -58,7 +58,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def test_only_trained_encoders_recompute(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     model = load_sdxl(tiny_file, "meta", gradient_checkpointing=True, text_encoder_lr1=0)
     te1, te2 = model.text_encoders
@@ -69,7 +69,7 @@ def test_only_trained_encoders_recompute(
 
 def test_attention_paths_agree(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     predictions = []
@@ -89,7 +89,7 @@ def test_attention_paths_agree(
 
 
 def test_parts_say_rate_group_and_prefix(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     model = load_sdxl(tiny_file, "meta", unet_lr=1e-4, text_encoder_lr=[0, 2e-5])
     assert [(p.name, p.group, p.prefix, p.lr) for p in model.parts] == [
@@ -103,7 +103,7 @@ def test_parts_say_rate_group_and_prefix(
 
 
 def test_every_layer_has_a_name_in_files(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     for part in load_sdxl(tiny_file, "meta").parts:
         layers = {
@@ -129,7 +129,7 @@ def test_rates_without_effect_are_named(
     assert remark == "--text_encoder_lr has no effect: --network_train_unet_only is set"
 
 
-def test_released_encoders_are_freed(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> None:
+def test_released_encoders_are_freed(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> None:
     model = load_sdxl(tiny_file, network_train_unet_only=True)
     assert model.vae is not None
     alive = [weakref.ref(module) for module in (*model.text_encoders, model.vae)]
@@ -143,7 +143,7 @@ def test_released_encoders_are_freed(tiny_file: Path, load_sdxl: Callable[..., L
 
 
 def test_metadata_names_and_hashes_the_base(
-    tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, tiny_folder: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     """Hashes by their definitions in reference 12.4."""
     content = tiny_file.read_bytes()
@@ -173,7 +173,7 @@ def test_metadata_names_and_hashes_the_base(
 
 
 def test_encoding_images_is_deterministic(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     model = load_sdxl(tiny_file, vae_dtype="bf16")
     images = torch.rand(1, 3, 64, 64) * 2 - 1

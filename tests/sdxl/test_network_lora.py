@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_lora_plugins.networks.lora import LoraAdapter
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 CAPTIONS = ["a tabby cat", "a rocket at night"]
 
 
 @pytest.fixture
-def model(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
+def model(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> LoadedLdm:
     """A model of one's own: networks change it."""
     return load_sdxl(tiny_file)
 
@@ -31,12 +31,12 @@ def model(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> LoadedSdxl:
 @pytest.fixture
 def outputs(
     sizes: Callable[[int], dict[str, Tensor]],
-) -> Callable[[LoadedSdxl], dict[str, Tensor]]:
+) -> Callable[[LoadedLdm], dict[str, Tensor]]:
     """Ask text encoders and U-Net for what they make of fixed inputs."""
     noisy = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     timesteps = torch.tensor([20, 900])
 
-    def ask(model: LoadedSdxl) -> dict[str, Tensor]:
+    def ask(model: LoadedLdm) -> dict[str, Tensor]:
         text = model.encode_text(CAPTIONS)
         prediction = model.predict(noisy, timesteps, {**text, **sizes(2)})
         return {**text, "prediction": prediction}
@@ -44,7 +44,7 @@ def outputs(
     return ask
 
 
-def build(model: LoadedSdxl, *, seed: int = 0, **options: Any) -> LoraAdapter:
+def build(model: LoadedLdm, *, seed: int = 0, **options: Any) -> LoraAdapter:
     torch.manual_seed(seed)
     adapter: Any = Lora(**options).build(model)
     lora: LoraAdapter = adapter
@@ -68,7 +68,7 @@ def parameters(adapter: LoraAdapter) -> list[torch.nn.Parameter]:
     return [parameter for group in adapter.groups() for parameter in group.parameters]
 
 
-def base_weights(model: LoadedSdxl) -> dict[str, Tensor]:
+def base_weights(model: LoadedLdm) -> dict[str, Tensor]:
     return {
         f"{part.name}.{name}": tensor.clone()
         for part in model.parts
@@ -77,7 +77,7 @@ def base_weights(model: LoadedSdxl) -> dict[str, Tensor]:
 
 
 def test_fresh_network_changes_nothing(
-    model: LoadedSdxl, outputs: Callable[[LoadedSdxl], dict[str, Tensor]]
+    model: LoadedLdm, outputs: Callable[[LoadedLdm], dict[str, Tensor]]
 ) -> None:
     with torch.no_grad():
         before = outputs(model)
@@ -89,7 +89,7 @@ def test_fresh_network_changes_nothing(
 
 
 def test_detach_gives_the_model_back_bit_for_bit(
-    model: LoadedSdxl, outputs: Callable[[LoadedSdxl], dict[str, Tensor]]
+    model: LoadedLdm, outputs: Callable[[LoadedLdm], dict[str, Tensor]]
 ) -> None:
     weights = base_weights(model)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_detach_gives_the_model_back_bit_for_bit(
 
 
 def test_only_the_network_trains_and_all_of_it(
-    model: LoadedSdxl, outputs: Callable[[LoadedSdxl], dict[str, Tensor]]
+    model: LoadedLdm, outputs: Callable[[LoadedLdm], dict[str, Tensor]]
 ) -> None:
     adapter = build(model, network_dim=4)
     randomize(adapter)
@@ -122,7 +122,7 @@ def test_only_the_network_trains_and_all_of_it(
     assert without == {name for name in adapter.layers if name.startswith(stem)}
 
 
-def test_groups_hold_every_parameter_once(model: LoadedSdxl) -> None:
+def test_groups_hold_every_parameter_once(model: LoadedLdm) -> None:
     adapter = build(model, network_dim=4)
     held = [id(parameter) for parameter in parameters(adapter)]
     assert len(held) == len(set(held)) == 2 * len(adapter.layers)
@@ -134,7 +134,7 @@ def test_groups_hold_every_parameter_once(model: LoadedSdxl) -> None:
 
 
 def test_parts_that_do_not_train_stay_untouched(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     for options, prefixes in (
         ({"network_train_unet_only": True}, {"lora_unet"}),
@@ -150,7 +150,7 @@ def test_parts_that_do_not_train_stay_untouched(
             assert not [m for m in part.module.modules() if "forward" in vars(m)]
 
 
-def test_initial_factors_follow_kaiming_and_zero(model: LoadedSdxl) -> None:
+def test_initial_factors_follow_kaiming_and_zero(model: LoadedLdm) -> None:
     adapter = build(model, network_dim=4)
     for layer in adapter.layers.values():
         down, up = layer.lora_down.weight.detach(), layer.lora_up.weight
@@ -162,7 +162,7 @@ def test_initial_factors_follow_kaiming_and_zero(model: LoadedSdxl) -> None:
 
 
 def test_same_seed_gives_the_same_network(
-    model: LoadedSdxl, tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    model: LoadedLdm, tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     first = build(model, seed=5).state_dict()
     assert same(first, build(load_sdxl(tiny_file), seed=5).state_dict())
@@ -183,7 +183,7 @@ def test_rank_and_alpha_have_the_ecosystems_defaults(
     rank: int,
     alpha: float,
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
 ) -> None:
     adapter = build(load_sdxl(tiny_file, "meta"), **options)
     state = adapter.state_dict()
@@ -194,10 +194,10 @@ def test_rank_and_alpha_have_the_ecosystems_defaults(
 
 
 def test_state_goes_there_and_back(
-    model: LoadedSdxl,
-    outputs: Callable[[LoadedSdxl], dict[str, Tensor]],
+    model: LoadedLdm,
+    outputs: Callable[[LoadedLdm], dict[str, Tensor]],
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
+    load_sdxl: Callable[..., LoadedLdm],
 ) -> None:
     adapter = build(model, network_dim=4, network_alpha=2)
     state = randomize(adapter)
@@ -211,7 +211,7 @@ def test_state_goes_there_and_back(
 
 
 def test_state_that_does_not_fit_is_refused_whole(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     adapter = build(load_sdxl(tiny_file), network_dim=4)
     state = {name: tensor.clone() + 1 for name, tensor in adapter.state_dict().items()}
@@ -234,7 +234,7 @@ def test_state_that_does_not_fit_is_refused_whole(
 
 
 def test_dropout_acts_while_training_only(
-    model: LoadedSdxl, outputs: Callable[[LoadedSdxl], dict[str, Tensor]]
+    model: LoadedLdm, outputs: Callable[[LoadedLdm], dict[str, Tensor]]
 ) -> None:
     randomize(build(model, network_dim=4, network_dropout=0.5))
     torch.manual_seed(1)
@@ -246,7 +246,7 @@ def test_dropout_acts_while_training_only(
         assert same(outputs(model), outputs(model))
 
 
-def test_dropout_drops_its_share_and_scales_the_rest(model: LoadedSdxl) -> None:
+def test_dropout_drops_its_share_and_scales_the_rest(model: LoadedLdm) -> None:
     adapter = build(model, network_dim=4, network_dropout=0.25, network_alpha=4)
     layer = next(iter(adapter.layers.values()))
     x = torch.randn(1000, layer.lora_down.in_features)  # type: ignore[arg-type]
@@ -263,8 +263,8 @@ def test_dropout_drops_its_share_and_scales_the_rest(model: LoadedSdxl) -> None:
 
 def test_multiplier_is_the_strength_that_clients_apply(
     tiny_file: Path,
-    load_sdxl: Callable[..., LoadedSdxl],
-    outputs: Callable[[LoadedSdxl], dict[str, Tensor]],
+    load_sdxl: Callable[..., LoadedLdm],
+    outputs: Callable[[LoadedLdm], dict[str, Tensor]],
 ) -> None:
     given = []
     # A client at strength 1/2 computes with half the alpha.

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
     from sdxl_lora_plugins.networks.adapter import LayerAdapter
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 
 @pytest.fixture
-def meta(tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]) -> Callable[..., LoadedSdxl]:
+def meta(tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]) -> Callable[..., LoadedLdm]:
     """Load the shapes of the tiny model, with options of the model."""
     return lambda **options: load_sdxl(tiny_file, "meta", **options)
 
@@ -32,7 +32,7 @@ def ranks(adapter: Any) -> dict[str, int]:
     return {name: layer.rank for name, layer in adapter.layers.items()}
 
 
-def test_last_rule_that_matches_says_everything(meta: Callable[..., LoadedSdxl]) -> None:
+def test_last_rule_that_matches_says_everything(meta: Callable[..., LoadedLdm]) -> None:
     plain = ranks(Lora(network_dim=4).build(meta()))
     rules = cast("Any", "attn dim=8 alpha=2; attn2.to_k dim=2; ff_net exclude; attn2.to_v alpha=3")
     adapter = cast("LayerAdapter", Lora(network_dim=4, rules=rules).build(meta()))
@@ -48,7 +48,7 @@ def test_last_rule_that_matches_says_everything(meta: Callable[..., LoadedSdxl])
         assert (layer.rank, layer.alpha) == expected, name
 
 
-def test_include_adapts_what_is_otherwise_left_out(meta: Callable[..., LoadedSdxl]) -> None:
+def test_include_adapts_what_is_otherwise_left_out(meta: Callable[..., LoadedLdm]) -> None:
     rules = cast("Any", ["^lora exclude", "time_embed include dim=3", "in_layers include"])
     found = ranks(Lora(network_dim=4, rules=rules).build(meta(network_train_unet_only=True)))
     stem = {name for name in found if "time_embed" in name}
@@ -58,7 +58,7 @@ def test_include_adapts_what_is_otherwise_left_out(meta: Callable[..., LoadedSdx
     assert all("in_layers_2" in name for name in found.keys() - stem)
 
 
-def test_rule_with_a_rate_makes_a_group_of_its_own(meta: Callable[..., LoadedSdxl]) -> None:
+def test_rule_with_a_rate_makes_a_group_of_its_own(meta: Callable[..., LoadedLdm]) -> None:
     tables = cast("Any", [{"match": "attn1", "lr": 5e-5}, {"match": "ff_net_2", "lr": 0}])
     adapter = Lora(rules=tables, loraplus_lr_ratio=4, mid_lr_weight=[0.5, 0.5, 0.5]).build(
         meta(unet_lr=1e-3, text_encoder_lr=[2e-5])
@@ -88,7 +88,7 @@ def test_wrong_rules_are_refused(rules: str, message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_rule_that_matches_nothing_names_what_is_close(meta: Callable[..., LoadedSdxl]) -> None:
+def test_rule_that_matches_nothing_names_what_is_close(meta: Callable[..., LoadedLdm]) -> None:
     with pytest.raises(UserError) as caught:
         Lora(rules=cast("Any", "attn2; atn2_to_k dim=2".replace("attn2;", "attn2 dim=4;"))).build(
             meta()
@@ -135,7 +135,7 @@ def test_wrong_blocks_are_refused(value: str, message: str) -> None:
 
 
 def test_options_of_a_part_that_does_not_train_are_refused(
-    meta: Callable[..., LoadedSdxl],
+    meta: Callable[..., LoadedLdm],
 ) -> None:
     text_only = meta(network_train_text_encoder_only=True)
     for options in ({"block_dims": [4] * 23}, {"up_lr_weight": "cosine"}):
@@ -144,7 +144,7 @@ def test_options_of_a_part_that_does_not_train_are_refused(
 
 
 def test_loraplus_ratios_of_a_part_that_does_not_train_are_warned_of(
-    meta: Callable[..., LoadedSdxl], caplog: pytest.LogCaptureFixture
+    meta: Callable[..., LoadedLdm], caplog: pytest.LogCaptureFixture
 ) -> None:
     Lora(loraplus_text_encoder_lr_ratio=4).build(meta(network_train_unet_only=True))
     Lora(loraplus_unet_lr_ratio=4).build(meta(network_train_text_encoder_only=True))
@@ -160,7 +160,7 @@ NORMED: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", list(NORMED))
 def test_norms_of_deltas_stay_below_the_limit(
-    name: str, tiny_file: Path, load_sdxl: Callable[..., LoadedSdxl]
+    name: str, tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:
     kind, options = NORMED[name]
     model = load_sdxl(tiny_file, network_train_unet_only=True)

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sdxl_lora_plugins.commands.compare import Compare, read_run
+from sdxl_lora_plugins.model import SDXL
 from sdxl_lora_plugins.observers.flops import PASSES, forward_flops, peak_of
 from sdxl_lora_plugins.observers.norms import block_norms
 from sdxl_lora_plugins.report.curves import smoothed, thinned
@@ -285,8 +286,8 @@ def test_norms_by_block_are_those_of_the_deltas() -> None:
         state[f"{key}.lora_up.weight"] = up
         state[f"{key}.alpha"] = torch.tensor(1.0)
         squares += float((up @ down / 2).square().sum())
-    assert block_norms(state) == pytest.approx({"input_blocks.4": squares**0.5})
-    assert block_norms({"foreign.weight": torch.zeros(1)}) == {}
+    assert block_norms(state, SDXL) == pytest.approx({"input_blocks.4": squares**0.5})
+    assert block_norms({"foreign.weight": torch.zeros(1)}, SDXL) == {}
 
 
 def test_operations_are_counted_as_torch_counts_a_real_pass(tmp_path: Path) -> None:

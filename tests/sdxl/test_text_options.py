@@ -7,26 +7,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sdxl_lora_plugins.model import Sdxl, text
-from sdxl_lora_plugins.model.prompt_weights import weighted_pieces
-from sdxl_lora_plugins.model.tokenizer import clip_tokenizer
+from sdxl_lora_plugins.model import Sdxl
 from sdxl_train import UserError
+from sdxl_train.ldm import text
+from sdxl_train.ldm.prompt_weights import weighted_pieces
+from sdxl_train.ldm.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from sdxl_lora_plugins.model.loaded import LoadedSdxl
+    from sdxl_train.ldm.loaded import LoadedLdm
 
 LONG = "a very long text, " * 40
 
 
-def load(folder: Path, **options: Any) -> LoadedSdxl:
+def load(folder: Path, **options: Any) -> LoadedLdm:
     return Sdxl(pretrained_model_name_or_path=str(folder), **options).build("cpu", torch.float32)
 
 
 @torch.no_grad()
-def encoded(model: LoadedSdxl, *captions: str) -> dict[str, torch.Tensor]:
+def encoded(model: LoadedLdm, *captions: str) -> dict[str, torch.Tensor]:
     return model.encode_text(captions)
 
 

@@ -122,7 +122,7 @@ class DatasetConfig:
 
 
 def resolve_datasets(
-    options: DatasetOptions, place: Callable[[str], str]
+    options: DatasetOptions, place: Callable[[str], str], *, resolution: int | None = None
 ) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
     """Find out what to train on.
 
@@ -130,6 +130,7 @@ def resolve_datasets(
         options: The options of the run. Those that the user gave must be set, the others not: the
             set ones (``model_fields_set``) have an origin, and some warnings depend on it.
         place: Gives the place of an option by its name, such as ``--resolution``.
+        resolution: Side of the training size where none is given; None: it must be.
 
     Returns:
         The datasets, everything that is wrong, and warnings. No image is looked at yet.
@@ -145,11 +146,11 @@ def resolve_datasets(
         return [], [both], []
     if options.dataset_config is not None or folders:
         datasets, problems, warnings = (
-            _from_file(options.dataset_config, options, place)
+            _from_file(options.dataset_config, options, place, resolution)
             if options.dataset_config is not None
-            else _from_metadata(options.in_json, options, place)
+            else _from_metadata(options.in_json, options, place, resolution)
             if options.in_json is not None
-            else _from_folders(options, place)
+            else _from_folders(options, place, resolution)
         )
         problems += [
             *spelling_problems(options, place),
@@ -166,7 +167,7 @@ def resolve_datasets(
 
 
 def _from_file(
-    path: Path, options: DatasetOptions, place: Callable[[str], str]
+    path: Path, options: DatasetOptions, place: Callable[[str], str], resolution: int | None
 ) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
     path = expanded(path)
     problem = file_problem(path, place("dataset_config"), DATASET_FILE)
@@ -176,7 +177,7 @@ def _from_file(
         file, places = read_dataset_file(path)
     except UserError as error:
         return [], list(error.problems), []
-    resolver = _Resolver(options, place, path.parent)
+    resolver = _Resolver(options, place, path.parent, resolution)
     general = Layer(file.general, lambda name: places.of(("general", name)))
     for number, table in enumerate(file.datasets):
         origins = partial(_key_place, places, ("datasets", number))
@@ -190,7 +191,7 @@ def _from_file(
 
 
 def _from_folders(
-    options: DatasetOptions, place: Callable[[str], str]
+    options: DatasetOptions, place: Callable[[str], str], resolution: int | None
 ) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
     found = find_folders(options.train_data_dir, is_reg=False, place=place("train_data_dir"))
     regularization = find_folders(options.reg_data_dir, is_reg=True, place=place("reg_data_dir"))
@@ -207,7 +208,7 @@ def _from_folders(
     tables = [*found.subsets, *regularization.subsets]
     if "dataset_repeats" in options.model_fields_set and all(t.num_repeats for t in tables):
         warnings.append(f"{place('dataset_repeats')}: no effect, every folder's name says its own")
-    resolver = _Resolver(options, place, Path())
+    resolver = _Resolver(options, place, Path(), resolution)
     layers = [Layer(table, partial(_folder_place, table, place)) for table in tables]
     if not problems:
         resolver.add(layers, [], place("train_data_dir"))
@@ -215,10 +216,10 @@ def _from_folders(
 
 
 def _from_metadata(
-    path: Path, options: DatasetOptions, place: Callable[[str], str]
+    path: Path, options: DatasetOptions, place: Callable[[str], str], resolution: int | None
 ) -> tuple[list[DatasetConfig], list[Problem], list[str]]:
     """Make one subset of ``in_json``, with ``train_data_dir`` as its ``image_dir``."""
-    resolver = _Resolver(options, place, Path())
+    resolver = _Resolver(options, place, Path(), resolution)
     if options.reg_data_dir is not None:
         resolver.problems.append(
             Problem(
@@ -248,7 +249,14 @@ def _folder_place(table: SubsetTable, place: Callable[[str], str], name: str) ->
 class _Resolver:
     """Turns tables into configurations, collecting mistakes."""
 
-    def __init__(self, options: DatasetOptions, place: Callable[[str], str], base: Path) -> None:
+    def __init__(
+        self,
+        options: DatasetOptions,
+        place: Callable[[str], str],
+        base: Path,
+        resolution: int | None,
+    ) -> None:
+        self.resolution = resolution
         self.options = options
         self.place = place
         self.base = base
@@ -260,13 +268,15 @@ class _Resolver:
         configs = [config for layer in subsets if (config := self._subset(layer, outer))]
         values = Values(outer, self.options, self.place)
         resolution = values.get("resolution")
+        if resolution is None and self.resolution is not None:
+            resolution = values.values["resolution"] = (self.resolution, self.resolution)
         if resolution is None:
             self.problems.append(
                 Problem(
                     place=self.place("resolution"),
                     message="is required: no training size is given"
                     + (f" for {where}" if outer else ""),
-                    remedy="for SDXL, --resolution 1024",
+                    remedy="give the one of the base model, such as --resolution 1024",
                 )
             )
             return

@@ -104,7 +104,7 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
-    """A small random model of the default family, which is SDXL where that is installed."""
+    """A small random model of the default family."""
     from sdxl_train.plugins import PluginHost
     from sdxl_train.registry import KIND_BY_NAME, Registry
 

@@ -1,0 +1,1 @@
+"""Files of LoRA-family networks: what is in them, whatever wrote them."""

@@ -1,0 +1,378 @@
+"""A model, ready to predict: what the training loop and the networks see of the base model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from sdxl_train.components import Part
+from sdxl_train.ldm import configs, names, text
+from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash, weights_hash
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import Tensor
+    from transformers import CLIPTokenizer
+
+    from sdxl_train.ldm.family import ClipEncoder, Family
+    from sdxl_train.ldm.sampling import LdmSampler
+    from sdxl_train.schedule import NoiseSchedule
+
+UNET_GROUP: Final = "unet"
+TEXT_GROUP: Final = "textencoder"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """The networks of a model, and the tokenizers of its text encoders."""
+
+    unet: UNet2DConditionModel
+    text_encoders: tuple[nn.Module, ...]
+    vae: AutoencoderKL
+    tokenizers: tuple[CLIPTokenizer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origins:
+    """Where the weights came from, for the record.
+
+    Attributes:
+        model: The base model's file, if it is one.
+        model_name: Its file name, folder name or hub id.
+        vae: The file of a replacement VAE, if it is one.
+        vae_name: Its name likewise; None if the base model's own VAE is used.
+    """
+
+    model: Path | None
+    model_name: str
+    vae: Path | None = None
+    vae_name: str | None = None
+
+
+class LoadedLdm:
+    """A base model in memory; implements ``sdxl_train.LoadedModel``.
+
+    Args:
+        family: What it is.
+        modules: The networks, frozen.
+        rates: Learning rate by part (``unet``, ``te1``) for those that are adapted; None stands
+            for the optimizer's.
+        schedule: How the U-Net was trained: its noise, and what it predicts.
+        reading: How captions are read.
+        latent_scaling: Factor from the VAE's latents to the U-Net's.
+        origins: Where the weights came from.
+        device: Where the networks are.
+        offloads: Keep on the CPU what a prediction keeps for the backward pass.
+        keeps_memory: Leave freed device memory to this process.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        modules: Modules,
+        *,
+        rates: Mapping[str, float | None],
+        schedule: NoiseSchedule,
+        reading: text.TextOptions,
+        latent_scaling: float,
+        origins: Origins,
+        device: torch.device,
+        offloads: bool = False,
+        keeps_memory: bool = False,
+    ) -> None:
+        self.family = family
+        self.denoiser: nn.Module = modules.unet
+        self.text_encoders = modules.text_encoders
+        # A plan knows no weights, but the numbers of the schedule.
+        self.schedule = schedule if device.type == "meta" else schedule.to(device)
+        self.latent_scale = 2 ** (len(modules.vae.config["block_out_channels"]) - 1)
+        self.latent_scaling = latent_scaling
+        self.tokenizers = modules.tokenizers
+        self.vae: AutoencoderKL | None = modules.vae
+        self.max_tokens = reading.max_tokens
+        self._reading = reading
+        self._device = device
+        # Weights may be stored in less; what they are computed in is that of the first layer.
+        self._dtype: torch.dtype = modules.unet.conv_in.weight.dtype
+        self._offloads = offloads
+        self._keeps_memory = keeps_memory
+        self._origins = origins
+        self._merged: list[dict[str, Any]] = []
+        parts = _parts(family, modules, rates)
+        self.parts = tuple(part for part in parts if part.name in rates)
+        self.frozen_parts = tuple(part for part in parts if part.name not in rates)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""
+        assert self.vae is not None, "the image encoder was released"
+        posterior = self.vae.encode(images.to(self._device, self.vae.dtype)).latent_dist
+        latents: Tensor = posterior.mode().float()
+        return latents * self.latent_scaling
+
+    def read_latents(self, image: Path, size: tuple[int, int]) -> dict[bool, Tensor]:
+        """Read the latents that sd-scripts keeps beside an image; see :class:`LatentReader`.
+
+        Raises:
+            ValueError: If there is a file, and it cannot be used.
+        """
+        from sdxl_train.ldm.npz import find_npz, read_npz
+
+        path = find_npz(image, size, self.family.npz)
+        found = {} if path is None else read_npz(path, size)
+        return {flipped: latents * self.latent_scaling for flipped, latents in found.items()}
+
+    def encode_text(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Encode captions.
+
+        Gradients flow if the caller lets them; nothing here turns them off.
+
+        Returns:
+            ``context`` [B, 75 n + 2, width of all encoders], and of a family whose U-Net is told
+            one ``pooled`` [B, pooled width].
+        """
+        return self._encode(captions, weighted=self._reading.weighted)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Encode prompts, whose weights (``(word:1.2)``) always count, as in sd-scripts."""
+        return self._encode(prompts, weighted=True)
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Count the tokens of captions, also those that are cut off."""
+        return text.count_tokens(self.tokenizers[0], captions, weighted=self._reading.weighted)
+
+    def _encode(self, captions: Sequence[str], *, weighted: bool) -> dict[str, Tensor]:
+        assert self.text_encoders, "the text encoders were released"
+        states: list[Tensor] = []
+        encoded: dict[str, Tensor] = {}
+        num_chunks = self._reading.num_chunks
+        for form, encoder, tokenizer in zip(
+            self.family.text_encoders, self.text_encoders, self.tokenizers, strict=True
+        ):
+            if weighted:
+                pairs = [text.weighted_token_ids(tokenizer, caption) for caption in captions]
+                tokens = [ids for ids, _ in pairs]
+            else:
+                tokens = text.token_ids(tokenizer, captions)
+            padding = text.PADDING[form.padding]
+            ids = text.in_chunks(tokenizer, tokens, num_chunks=num_chunks, padding=padding)
+            hidden, pooled = text.encode(
+                encoder,
+                ids.to(self._device),
+                layer=self._reading.clip_skip,
+                final_norm=self._reading.final_norm,
+            )
+            if weighted:
+                weights = text.weights_of([w for _, w in pairs], num_chunks=num_chunks)
+                hidden = hidden * weights.to(hidden)
+            states.append(hidden)
+            if pooled is not None:
+                encoded["pooled"] = pooled
+        return {"context": torch.cat(states, dim=-1), **encoded}
+
+    def image_encoder_identity(self) -> dict[str, str]:
+        """Hash the VAE as it is in memory, and its scaling."""
+        assert self.vae is not None, "the image encoder was released"
+        return {
+            "the VAE": weights_hash([self.vae], [str(self.latent_scaling)]),
+            "the VAE's precision": str(self.vae.dtype),
+        }
+
+    def text_encoders_identity(self) -> dict[str, str]:
+        """Hash the text encoders as they are in memory, and how captions become tokens."""
+        assert self.text_encoders, "the text encoders were released"
+        tokenizers = [text.identity(tokenizer) for tokenizer in self.tokenizers]
+        return {
+            "the text encoders": weights_hash(self.text_encoders, []),
+            "the tokenizers": text_hash(tokenizers),
+            "max_token_length": str(self.max_tokens),
+            "clip_skip": str(self._reading.clip_skip),
+            "weighted_captions": str(self._reading.weighted),
+        }
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""
+        with self._kept_for_backward():
+            prediction: Tensor = self.denoiser(
+                noisy.to(self._dtype),
+                timesteps,
+                encoder_hidden_states=condition["context"].to(self._dtype),
+                added_cond_kwargs=self._added(noisy, condition),
+                return_dict=False,
+            )[0]
+        return prediction.float()
+
+    def _added(self, noisy: Tensor, condition: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Give what the U-Net is told beside the text: pooled text, sizes and crop, if it is."""
+        if not self.family.pooled:
+            return None
+        # Pixel sizes stay integers until the embedding: bf16 knows no 1023.
+        sizes = [condition[key] for key in ("original_size", "crop_top_left", "target_size")]
+        return {
+            "text_embeds": condition["pooled"].to(self._dtype),
+            "time_ids": torch.cat(sizes, dim=1).to(noisy.device),
+        }
+
+    def _kept_for_backward(self) -> AbstractContextManager[Any]:
+        if not self._offloads:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Give what :meth:`predict` should return."""
+        return self.schedule.target(latents, noise, timesteps)
+
+    def read_network(self, path: Path) -> dict[str, Tensor]:
+        """Read a network's file, in any naming, under kohya's names.
+
+        Raises:
+            UserError: If it is no network for this family, or broken.
+        """
+        from sdxl_train.ldm.files.tensors import read_tensors
+
+        return read_tensors(path, self.family)
+
+    def describe_network(self, tensors: Mapping[str, Tensor]) -> str:
+        """Name the algorithms in a network: ``LoRA and LoCon``."""
+        from sdxl_train.ldm.files.network_file import NetworkFile
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        file = NetworkFile.of_shapes(shapes, self.family)
+        return " and ".join(sorted({module.title for module in file.modules.values()}))
+
+    def merge_networks(self, networks: Sequence[tuple[Path, float]]) -> None:
+        """Add networks' deltas to the weights; on the meta device only check whether they fit.
+
+        Raises:
+            UserError: If one is no network for this family, is broken, or does not fit.
+        """
+        from sdxl_train.ldm.files.merging import merge_into
+
+        merge_into((*self.parts, *self.frozen_parts), networks, self.family)
+        if self._device.type != "meta":
+            self._merged = [
+                {"name": path.name, "sha256": full_hash(path), "multiplier": multiplier}
+                for path, multiplier in networks
+            ]
+
+    def diffusers_network(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Name a network's tensors as diffusers does, and give peft's configuration of it.
+
+        Raises:
+            UserError: If it has other deltas than those of plain LoRA.
+        """
+        from sdxl_train.ldm.files.for_diffusers import for_diffusers
+
+        return for_diffusers(tensors, self.family)
+
+    def sampler(self) -> LdmSampler:
+        """Give what generates pictures with this model as it is at the time."""
+        from sdxl_train.ldm.sampling import LdmSampler
+
+        assert self.vae is not None, "the image encoder was released"
+        return LdmSampler(self, self.vae)
+
+    def release_image_encoder(self) -> None:
+        """Free the VAE; a sampler that was made before keeps it in main memory."""
+        if self.vae is not None:
+            self.vae.to("cpu")
+        self.vae = None
+        self._free_memory()
+
+    def release_text_encoders(self) -> None:
+        """Free the text encoders, which must not be adapted."""
+        assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
+        self.text_encoders = ()
+        self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
+        self._free_memory()
+
+    def _free_memory(self) -> None:
+        gc.collect()
+        if not self._keeps_memory and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def metadata(self) -> dict[str, str]:
+        """Describe the base model under the names of sd-scripts and of the ModelSpec standard."""
+        is_v = self.schedule.prediction_type == "v_prediction"
+        return {
+            **self.family.metadata(is_v),
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.prediction_type": "v" if is_v else "epsilon",
+            "ss_zero_terminal_snr": str(self.schedule.zero_terminal_snr),
+            **self._origin_metadata,
+            **({"ss_base_weights": json.dumps(self._merged)} if self._merged else {}),
+        }
+
+    @cached_property
+    def _origin_metadata(self) -> dict[str, str]:
+        """Names and hashes of files; reads each file once, when first asked for."""
+        origins = self._origins
+        entries = {"ss_sd_model_name": origins.model_name}
+        if origins.model is not None:
+            entries["ss_sd_model_hash"] = short_hash(origins.model)
+            entries["ss_new_sd_model_hash"] = full_hash(origins.model)
+        if origins.vae_name is not None:
+            entries["ss_vae_name"] = origins.vae_name
+        if origins.vae is not None:
+            entries["ss_vae_hash"] = short_hash(origins.vae)
+            entries["ss_new_vae_hash"] = full_hash(origins.vae)
+        return entries
+
+
+def _parts(family: Family, modules: Modules, rates: Mapping[str, float | None]) -> tuple[Part, ...]:
+    """Describe every part that a network could adapt."""
+    ldm_names = configs.layout_of(modules.unet.config).blocks()
+    paths = {path: names.unet_to_sgm(path, ldm_names) for path in _layers(modules.unet)}
+    blocks: dict[str, list[str]] = {block: [] for block in family.blocks}
+    for path, name in paths.items():
+        if block := family.block_of(name):
+            blocks[block].append(path)
+    unet = Part(
+        name="unet",
+        title="U-Net",
+        group=UNET_GROUP,
+        prefix="lora_unet",
+        module=modules.unet,
+        lr=rates.get("unet"),
+        file_names={
+            path: _underscored(name if family.unet_naming == "ldm" else path)
+            for path, name in paths.items()
+        },
+        blocks=blocks,
+    )
+    encoders = zip(family.text_encoders, modules.text_encoders, strict=True)
+    return (unet, *(_text_part(form, encoder, rates) for form, encoder in encoders))
+
+
+def _text_part(form: ClipEncoder, encoder: nn.Module, rates: Mapping[str, float | None]) -> Part:
+    return Part(
+        name=form.name,
+        title=form.title,
+        group=TEXT_GROUP,
+        prefix=form.files["kohya"].removesuffix("_"),
+        module=encoder,
+        lr=rates.get(form.name),
+        file_names={path: _underscored(names.clip_path(path)) for path in _layers(encoder)},
+    )
+
+
+def _layers(module: nn.Module) -> list[str]:
+    """List the paths of the layers that a network can adapt."""
+    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+    return [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
+
+
+def _underscored(name: str) -> str:
+    return name.replace(".", "_")

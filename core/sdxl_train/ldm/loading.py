@@ -1,0 +1,325 @@
+"""Loading a model from whatever its options name: file, folder or hub id."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sdxl_train.errors import Problem, UserError
+from sdxl_train.finite import is_finite
+from sdxl_train.ldm import folder as folders
+from sdxl_train.ldm import hub
+from sdxl_train.ldm.attention import set_attention
+from sdxl_train.ldm.checkpoint import Checkpoint
+from sdxl_train.ldm.fp8 import store_in_fp8
+from sdxl_train.ldm.headers import counted
+from sdxl_train.ldm.loaded import LoadedLdm, Modules, Origins
+from sdxl_train.ldm.prediction import Said, said_by
+from sdxl_train.ldm.sources import (
+    Source,
+    base_faults,
+    locate,
+    read_json,
+    vae_faults,
+    vae_folder,
+)
+from sdxl_train.ldm.text import CHUNK_TOKENS, TextOptions
+from sdxl_train.ldm.tokenizer import load_tokenizers
+from sdxl_train.schedule import NoiseSchedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from torch import nn
+
+    from sdxl_train.ldm.headers import Fault
+    from sdxl_train.ldm.model import LdmModel
+
+_log = logging.getLogger(__name__)
+
+_Loaded = TypeVar("_Loaded", bound=LoadedLdm)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(options: LdmModel, device: torch.device, dtype: torch.dtype) -> LoadedLdm:
+    """Load the model that the options name, frozen and in evaluation mode.
+
+    Raises:
+        UserError: If a source is not what it must be, or is incomplete.
+    """
+    base = _base_source(options, device)
+    vae_source = _vae_source(options, device)
+    if base.kind == "file":
+        modules, scaling = _load_file(options, base, vae_source, device, dtype)
+    else:
+        modules, scaling = _load_folder(options, base, vae_source, device, dtype)
+    if device.type != "meta":
+        _require_finite(options, modules)
+    origins = Origins(
+        model=base.path if base.kind == "file" else None,
+        model_name=_public_name(base),
+        vae=vae_source.path if vae_source and vae_source.kind == "file" else None,
+        vae_name=_public_name(vae_source) if vae_source else None,
+    )
+    said = said_by(base, pickles=options.family.pickles)
+    return made_ready(LoadedLdm, options, modules, said, origins, scaling=scaling, device=device)
+
+
+def made_ready(
+    kind: type[_Loaded],
+    options: LdmModel,
+    modules: Modules,
+    said: Said,
+    origins: Origins,
+    *,
+    scaling: float,
+    device: torch.device,
+) -> _Loaded:
+    """Make a model of its parts: frozen, and stored and computed as the options say."""
+    rates = options.rates()
+    _prepare(options, modules, rates.keys(), device)
+    return kind(
+        options.family,
+        modules,
+        rates=rates,
+        schedule=_schedule(options, said),
+        reading=_reading(options, modules),
+        latent_scaling=scaling,
+        origins=origins,
+        device=device,
+        offloads=options.cpu_offload_checkpointing,
+        keeps_memory=options.highvram,
+    )
+
+
+def _reading(options: LdmModel, modules: Modules) -> TextOptions:
+    """Give how captions are read.
+
+    Raises:
+        UserError: If there is no such layer to take.
+    """
+    layers = min(encoder.config.num_hidden_layers for encoder in _encoders(modules))
+    if options.clip_skip is not None and options.clip_skip > layers:
+        raise UserError.of(
+            "--clip_skip",
+            f"takes layer {options.clip_skip} from the last, and a text encoder of this model has "
+            f"{layers}",
+            f"leave it out, as is usual for {options.family.title}",
+        )
+    return TextOptions(
+        num_chunks=(options.max_token_length or CHUNK_TOKENS) // CHUNK_TOKENS,
+        clip_skip=options.clip_skip or options.family.usual_layer,
+        weighted=options.weighted_captions,
+        final_norm=options.family.final_norm,
+    )
+
+
+def _encoders(modules: Modules) -> Sequence[Any]:
+    return modules.text_encoders
+
+
+def _base_source(options: LdmModel, device: torch.device) -> Source:
+    name = options.pretrained_model_name_or_path
+    family = options.family
+    faults = partial(base_faults, family=family, vae_given=options.vae is not None)
+    tokenizers = [encoder.tokenizer for encoder in family.text_encoders]
+    subfolders = ["", *family.folders, "scheduler", *tokenizers]
+    if options.vae is not None:
+        subfolders.remove("vae")
+    return _usable(name, faults, subfolders, device)
+
+
+def _vae_source(options: LdmModel, device: torch.device) -> Source | None:
+    if options.vae is None:
+        return None
+    faults = partial(vae_faults, family=options.family)
+    return _usable(options.vae, faults, ["", "vae"], device)
+
+
+def _usable(
+    name: str,
+    faults: Callable[[Source], Iterable[Fault]],
+    subfolders: list[str],
+    device: torch.device,
+) -> Source:
+    """Locate a source, download it if it is a hub id without a complete copy, and check it."""
+    source = locate(name)
+    found = list(faults(source))
+    if source.downloadable and found:
+        weights = device.type != "meta"
+        path = hub.download(name, subfolders=subfolders, weights=weights)
+        source = Source(kind="hub", name=name, path=path)
+        found = list(faults(source)) if weights else []
+    if found:
+        raise UserError(
+            Problem(place=name, message=fault.message, remedy=fault.remedy) for fault in found
+        )
+    return source
+
+
+def _load_file(
+    options: LdmModel,
+    base: Source,
+    vae_source: Source | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Modules, float]:
+    assert base.path is not None
+    mapped = not options.disable_mmap_load_safetensors
+    file = Checkpoint(base.path, options.family, device, mapped=mapped)
+    encoders = options.family.text_encoders
+    modules = Modules(
+        unet=file.unet(dtype),
+        text_encoders=file.text_encoders(dtype, text_attention(options)),
+        vae=_load_vae(options, vae_source, device) if vae_source else file.vae(_vae_dtype(options)),
+        tokenizers=load_tokenizers(encoders, None, options.tokenizer_cache_dir),
+    )
+    file.warn_of_unused(vae_replaced=vae_source is not None)
+    return modules, options.family.latent_scaling
+
+
+def _load_folder(
+    options: LdmModel,
+    base: Source,
+    vae_source: Source | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Modules, float]:
+    assert base.path is not None
+    family = options.family
+    modules = Modules(
+        unet=folders.load_unet(base.path, device, dtype),
+        text_encoders=folders.load_text_encoders(
+            base.path, family, device, dtype, text_attention(options)
+        ),
+        vae=_load_vae(options, vae_source, device)
+        if vae_source
+        else folders.load_vae(base.path / "vae", device, _vae_dtype(options)),
+        tokenizers=load_tokenizers(family.text_encoders, base.path, options.tokenizer_cache_dir),
+    )
+    # The U-Net was trained on latents of this scale, whichever VAE makes them now.
+    config = read_json(base.path / "vae" / "config.json")
+    return modules, float(config.get("scaling_factor", family.latent_scaling))
+
+
+def _load_vae(options: LdmModel, source: Source, device: torch.device) -> AutoencoderKL:
+    assert source.path is not None
+    dtype = _vae_dtype(options)
+    if source.kind == "file":
+        return Checkpoint(source.path, options.family, device).vae(dtype)
+    folder = vae_folder(source.path)
+    assert folder is not None
+    return folders.load_vae(folder, device, dtype)
+
+
+def _require_finite(options: LdmModel, modules: Modules) -> None:
+    """Refuse weights that nothing can be trained on: every image would give NaN.
+
+    Raises:
+        UserError: With the number of tensors, and the first names.
+    """
+    forms = options.family.text_encoders
+    titled: dict[str, nn.Module] = {
+        "U-Net": modules.unet,
+        **{
+            form.short_title: encoder
+            for form, encoder in zip(forms, modules.text_encoders, strict=True)
+        },
+        "VAE": modules.vae,
+    }
+    bad = {
+        f"{title} {name}": str(tensor.dtype).removeprefix("torch.")
+        for title, module in titled.items()
+        for name, tensor in module.state_dict().items()
+        if not is_finite(tensor)
+    }
+    if bad:
+        raise UserError.of(
+            options.pretrained_model_name_or_path,
+            f"its weights are not finite as {next(iter(bad.values()))}, in {counted(list(bad))}",
+            "download it again, or use another model; large values need --mixed_precision bf16",
+        )
+
+
+def _prepare(
+    options: LdmModel, modules: Modules, trained: Collection[str], device: torch.device
+) -> None:
+    """Freeze everything, and choose how attention and the backward pass are computed."""
+    for module in (modules.unet, *modules.text_encoders, modules.vae):
+        module.requires_grad_(False)
+        module.eval()
+    set_attention(modules.unet, options.attention, device)
+    if options.fp8_base or options.fp8_base_unet:
+        store_in_fp8(modules.unet, ("down_blocks", "mid_block", "up_blocks"))
+    if options.fp8_base:
+        for encoder in modules.text_encoders:
+            store_in_fp8(encoder, ("",))
+    if options.torch_compile:
+        _compile(options, modules.unet)
+    if options.gradient_checkpointing:
+        modules.unet.enable_gradient_checkpointing()
+        # transformers recomputes in training mode only. CLIP has no dropout, so nothing else
+        # changes by it.
+        forms = options.family.text_encoders
+        for form, encoder in zip(forms, modules.text_encoders, strict=True):
+            if form.name in trained:
+                _checkpoint_layers(encoder)
+                encoder.train()
+
+
+def _compile(options: LdmModel, unet: UNet2DConditionModel) -> None:
+    """Let the repeated blocks be compiled at their first use, one of each kind for all."""
+    known = sorted(torch._dynamo.list_backends(exclude_tags=()))
+    if options.dynamo_backend not in known:
+        raise UserError.of(
+            "--dynamo_backend",
+            f"{options.dynamo_backend!r} is no compiler of this torch",
+            f"choose one of {', '.join(known)}",
+        )
+    unet.compile_repeated_blocks(backend=options.dynamo_backend)
+
+
+def _checkpoint_layers(encoder: nn.Module) -> None:
+    """Recompute each layer in the backward pass (the protocol of GradientCheckpointingLayer)."""
+    for module in encoder.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            layer = cast("Any", module)
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+
+def _schedule(options: LdmModel, said: Said) -> NoiseSchedule:
+    """Make the noise schedule: by the options, else by what the model says of itself."""
+    schedule = NoiseSchedule.scaled_linear(prediction_type=options.prediction_type(said))
+    where = "--v_parameterization"
+    if options.v_parameterization is None:
+        where = said.prediction_place or f"default of {options.family.title}"
+    _log.info("the model predicts %s (%s)", schedule.prediction_type, where)
+    if not options.has_zero_terminal_snr(said):
+        return schedule
+    where = said.schedule_place if options.zero_terminal_snr is None else "--zero_terminal_snr"
+    _log.info("noise schedule of zero terminal SNR (%s)", where)
+    return schedule.with_zero_terminal_snr()
+
+
+def text_attention(options: LdmModel) -> str:
+    """Name transformers' implementation of attention."""
+    return "sdpa" if options.sdpa else "eager"
+
+
+def _vae_dtype(options: LdmModel) -> torch.dtype:
+    return _DTYPES[options.vae_dtype]
+
+
+def _public_name(source: Source) -> str:
+    """Name a source without saying where it is on this machine."""
+    if source.kind == "hub":
+        return source.name
+    return Path(source.name).name

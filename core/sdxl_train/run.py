@@ -23,7 +23,6 @@ from sdxl_train.checkpoint import write_atomically
 from sdxl_train.components import LimitedAdapter, WeightAverage
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
-from sdxl_train.data.pruning import Pruned, prune
 from sdxl_train.document import (
     earlier_notes,
     machine,
@@ -198,56 +197,6 @@ def _execute(
             ranks.listen(signals)
             trainer.run_to_end()
     return trainer.result
-
-
-def fill_caches(prepared: Prepared, *, imports_latents: bool = False) -> None:
-    """Fill the caches that a run would fill, and end there.
-
-    Args:
-        prepared: The run.
-        imports_latents: Take over another program's latents where they can be verified.
-
-    Raises:
-        UserError: If the machine cannot do what the options ask, or a cache cannot be written.
-        TrainingError: If an image cannot be read.
-    """
-    with _encoding(prepared, imports_latents=imports_latents) as supply:
-        supply.fill_caches()
-
-
-def prune_caches(prepared: Prepared) -> list[Pruned]:
-    """Remove the files of a run's caches that the run would not use.
-
-    Raises:
-        UserError: If a file cannot be removed.
-    """
-    with _encoding(prepared) as supply:
-        return list(prune(supply.disk_entries()))
-
-
-@contextmanager
-def _encoding(prepared: Prepared, *, imports_latents: bool = False) -> Iterator[Supply]:
-    """Make what encodes images and captions, exactly as a run does, networks to merge included."""
-    try:
-        ranks = join(prepared.config.processes.ddp_timeout)
-        accelerator = make_accelerator(prepared.config)
-        device = accelerator.device
-        with ranks.together():
-            model = assemble(prepared.config, device, prepared.seed).model
-            supply = Supply(
-                prepared,
-                model,
-                device,
-                accelerator.autocast,
-                trains_text=False,
-                ranks=ranks,
-                imports_latents=imports_latents,
-            )
-            yield supply
-            supply.close()
-    except BaseException as error:
-        blame(error, prepared.host.enabled.values())
-        raise
 
 
 def _as_in_main(prepared: Prepared, ranks: Ranks) -> Prepared:

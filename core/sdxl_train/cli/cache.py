@@ -46,7 +46,7 @@ def run(invocation: Invocation) -> int:
     warn([*invocation.notices, *prepared.scan.warnings])
 
     # Only now, when the input is known to be right, is torch worth its import.
-    from sdxl_train.run import fill_caches, prune_caches
+    from sdxl_train.caching import fill_caches, prune_caches
 
     if prunes:
         for folder in prune_caches(prepared):

@@ -63,7 +63,8 @@ def page(runs: Sequence[ShownRun], pictures: Pictures) -> bytes:
             script_hashes=" ".join(f"'sha256-{_sha256(code)}'" for code in (library, script)),
         )
     )
-    return text.encode()
+    # Names of files that are no UTF-8 hold lone surrogates.
+    return text.encode(errors="backslashreplace")
 
 
 def _view(run: ShownRun, pictures: Pictures, budget: int) -> dict[str, Any]:

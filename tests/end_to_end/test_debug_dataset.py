@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,16 @@ def test_pictures_show_the_crop_the_sample_and_its_mask(tmp_path: Path) -> None:
     assert (sample == pixels[:, 32:96]).all()
     assert (weights[:32] == 255).all()
     assert (weights[32:] == 0).all()
+
+
+def test_a_name_that_is_no_text_is_shown_escaped(tmp_path: Path) -> None:
+    (tmp_path / "1_x").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "1_x" / os.fsdecode(b"\xff.png"))
+    page = write_preview(plan_of(train_data_dir=tmp_path, resolution=8), tmp_path / "out")
+    (fact,) = facts_of(page)
+    assert os.fsencode(fact["image"]).endswith(b"/\xff.png")
+    assert r"\udcff.png" in page.read_text(encoding="utf-8")
 
 
 def test_no_more_samples_are_written_than_one_looks_at(tmp_path: Path) -> None:

@@ -70,14 +70,17 @@ def write_preview(plan: BatchPlan, folder: Path) -> Path:
             name = f"sample-{len(facts) + 1:04}.png"
             _picture(record, sample, images.pixels[index], mask).save(folder / name)
             facts.append({"file": name, **_facts(record, sample, spec), "caption": captions[index]})
-    (folder / "samples.json").write_text(
-        json.dumps(facts, indent=2, ensure_ascii=False), encoding="utf-8"
-    )
+    _write(folder / "samples.json", json.dumps(facts, indent=2, ensure_ascii=False))
     title = f"{len(facts)} of {_num_samples(plan)} samples of the first epoch"
     page = folder / "index.html"
     figures = "\n".join(map(_figure, facts))
-    page.write_text(_PAGE.format(title=title, figures=figures), encoding="utf-8")
+    _write(page, _PAGE.format(title=title, figures=figures))
     return page
+
+
+def _write(path: Path, text: str) -> None:
+    # Names of files that are no UTF-8 hold lone surrogates, which stay as JSON's escapes.
+    path.write_bytes(text.encode(errors="backslashreplace"))
 
 
 def _first(specs: Sequence[BatchSpec]) -> Iterator[BatchSpec]:

@@ -113,10 +113,15 @@ def scan(
 
 def _duplicates_remark(groups: Sequence[Sequence[Path]]) -> str:
     copies = sum(len(group) - 1 for group in groups)
-    shown = "; ".join(" = ".join(map(str, group)) for group in groups[:5])
+    shown = "; ".join(map(_group, groups[:5]))
     more = f"; and {len(groups) - 5} more groups" if len(groups) > 5 else ""
     files = "1 image is a copy" if copies == 1 else f"{copies} images are copies"
     return f"{files} of another, with the same content: {shown}{more}"
+
+
+def _group(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return " = ".join(map(str, paths[:5])) + more
 
 
 def _leaks(duplicates: Sequence[Sequence[Path]], held: frozenset[Path]) -> Iterator[str]:

@@ -146,14 +146,25 @@ class KeyPlaces:
         place = f"{self.path}:{line}" if line else str(self.path)
         return f"{place}: {_dotted(key)}" if key else place
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the file is written in JSON."""
+        return self.path.suffix.lower() == ".json"
+
+    def table(self, name: str) -> str:
+        """Name a table as one writes it in this file."""
+        if self.is_json:
+            return f'"{name.rpartition(".")[2]}"'
+        return f"[{name}]" if name == "general" else f"[[{name}]]"
+
 
 CALLED_HERE = {"train_batch_size": "batch_size", "dataset_repeats": "num_repeats"}
 """Options of the command line that have another name in the file."""
 
 _LEVELS: tuple[tuple[str, type[BaseModel]], ...] = (
-    ("[[datasets.subsets]]", SubsetTable),
-    ("[[datasets]]", DatasetTable),
-    ("[general]", DatasetDefaults),
+    ("datasets.subsets", SubsetTable),
+    ("datasets", DatasetTable),
+    ("general", DatasetDefaults),
 )
 
 
@@ -207,18 +218,20 @@ def _problem(
     place = places.of(loc)
     match kind:
         case "extra_forbidden":
-            message, remedy = _unknown_key(loc)
+            message, remedy = _unknown_key(loc, places)
         case "missing" if loc == ("datasets",):
-            message, remedy = "has no datasets", "add [[datasets]] and [[datasets.subsets]]"
+            message = "has no datasets"
+            remedy = f"add {places.table('datasets')} and {places.table('datasets.subsets')}"
         case "missing" if loc[-1] == "subsets":
-            message, remedy = "has no subsets", "add [[datasets.subsets]] with an image_dir"
+            message = "has no subsets"
+            remedy = f"add {places.table('datasets.subsets')} with an image_dir"
         case "missing":
             message, remedy = "is required", f"set {loc[-1]}"
         case "too_short":
-            message, remedy = "is empty", f"add an entry to [[{_table_name(loc)}]]"
+            message, remedy = "is empty", f"add an entry to {places.table(_table_name(loc))}"
         case "list_type" if loc[-1] in ("datasets", "subsets"):
-            message = "must be a list of tables"
-            remedy = f"write [[{_table_name(loc)}]] with two brackets"
+            message, table = "must be a list of tables", places.table(_table_name(loc))
+            remedy = f"write {table}{': [{...}]' if places.is_json else ' with two brackets'}"
         case "value_error":
             message, remedy = str(detail["ctx"]["error"]), ""
         case _:
@@ -226,14 +239,14 @@ def _problem(
     return Problem(place=place, message=message, remedy=remedy)
 
 
-def _unknown_key(loc: tuple[int | str, ...]) -> tuple[str, str]:
+def _unknown_key(loc: tuple[int | str, ...], places: KeyPlaces) -> tuple[str, str]:
     """Say what is wrong with a key that its table does not have, and where it may belong."""
     key, table = str(loc[-1]), _table_of(loc)
     legal = set(table.model_fields)
     message = "is not a key of this table"
     if CALLED_HERE.get(key) in legal:
         return message, f"in this file it is called {CALLED_HERE[key]}"
-    homes = [name for name, model in _LEVELS if key in model.model_fields]
+    homes = [places.table(name) for name, model in _LEVELS if key in model.model_fields]
     if homes:
         return message, f"it belongs in {' or '.join(homes)}"
     if key in DatasetOptions.model_fields and key not in CALLED_HERE:

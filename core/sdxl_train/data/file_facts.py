@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pydantic import TypeAdapter
 
-_FORMAT = 6
+_FORMAT = 7
 """Another one when a reader of files gives something else than before."""
 
 Stamp: TypeAlias = tuple[int, int, int, int]

@@ -58,6 +58,7 @@ class ImageHeader:
         misnamed: Whether the name's ending belongs to another format.
         transparent: Whether it has transparency.
         grey: Whether it has no colour.
+        animated: Whether it is a film, of which the first picture counts.
     """
 
     size: Size
@@ -65,6 +66,7 @@ class ImageHeader:
     misnamed: bool
     transparent: bool
     grey: bool
+    animated: bool
 
 
 @cache
@@ -97,6 +99,8 @@ def read_header(path: Path) -> ImageHeader:
             misnamed=formats().get(path.suffix.lower(), format_) != format_,
             transparent=image.has_transparency_data,
             grey=image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;"),
+            # Telephones put a preview behind a photograph, which makes no film of it (MPO).
+            animated=format_ != "JPEG" and getattr(image, "is_animated", False),
         )
 
 

@@ -278,6 +278,8 @@ class SubsetScan:
     def _fit(self, read: Read, header: ImageHeader) -> Fit | None:
         if header.misnamed:
             self.findings.remarks.add(f"in truth {header.format}, read as that", read.path)
+        if header.animated:
+            self.findings.remarks.add("animated, only its first picture is used", read.path)
         width, height = header.size
         if min(width, height) < self.multiple:
             message = f"{width}x{height} is less than {self.multiple} pixels on a side"

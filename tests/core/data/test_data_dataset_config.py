@@ -352,6 +352,21 @@ def test_broken_json_is_told(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in problem
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"datasets": []}', 'add an entry to "datasets"'),
+        ('{"datasets": 1}', 'write "datasets": [{...}]'),
+        ('{"datasets": [{"image_dir": "x"}]}', 'it belongs in "subsets"'),
+    ],
+)
+def test_remedies_for_json_are_in_its_own_words(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    _, problems, _ = resolve(dataset_config=path, resolution=64)
+    assert any(problem.endswith(f"-> {expected}") for problem in problems)
+
+
 def test_a_byte_order_mark_is_fine(tmp_path: Path, cats: Path) -> None:
     path = tmp_path / "data.toml"
     text = f"[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = '{cats}'\n"

@@ -103,6 +103,21 @@ def test_copies_are_named_whatever_their_folder(
     )
 
 
+def test_of_many_copies_a_few_are_named(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    first = make_image(tmp_path / "1_a" / "0.png", caption="x")
+    for number in range(1, 8):
+        shutil.copyfile(first, first.with_name(f"{number}.png"))
+    found = make_scan(train_data_dir=tmp_path)
+    (group,) = dataset_report(found)["duplicates"]
+    assert len(group) == 8
+    named = " = ".join(str(first.with_name(f"{number}.png")) for number in range(5))
+    assert f"7 images are copies of another, with the same content: {named} and 3 more" in (
+        found.warnings
+    )
+
+
 def test_one_file_in_two_datasets_is_no_copy(
     tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
 ) -> None:

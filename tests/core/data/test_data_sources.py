@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
 from sdxl_train.data.batches import BatchPlan
 from sdxl_train.data.dataset_config import DatasetOptions, resolve_datasets
+from sdxl_train.data.images import load_image
 from sdxl_train.data.report import dataset_report
 from sdxl_train.data.sources import Scan, scan
 
@@ -337,6 +339,19 @@ def test_regularization_images_match_the_training_samples(
     unused = reg_images - len(expected)
     said = any(f"{unused} of {reg_images} regularization images" in w for w in found.warnings)
     assert said == (unused > 0)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp"])
+def test_of_a_film_the_first_picture_is_used_and_told(
+    tmp_path: Path, make_scan: MakeScan, name: str
+) -> None:
+    path = tmp_path / "1_cat" / name
+    path.parent.mkdir()
+    red, blue = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
+    red.save(path, save_all=True, append_images=[blue], lossless=True)
+    found = make_scan(train_data_dir=tmp_path)
+    assert f"1 file: animated, only its first picture is used: {path}" in found.warnings
+    assert load_image(path).getpixel((32, 32)) == (255, 0, 0)
 
 
 def test_an_unreadable_folder_is_a_problem(

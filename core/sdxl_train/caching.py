@@ -9,7 +9,7 @@ from sdxl_train.accelerator import make_accelerator
 from sdxl_train.assembly import assemble
 from sdxl_train.blame import blame
 from sdxl_train.data.pruning import Pruned, prune
-from sdxl_train.ranks import join
+from sdxl_train.process_group import join
 from sdxl_train.supply import Supply
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def prune_caches(prepared: Prepared) -> list[Pruned]:
 def _encoding(prepared: Prepared, *, imports_latents: bool = False) -> Iterator[Supply]:
     """Make what encodes images and captions, exactly as a run does, networks to merge included."""
     try:
-        ranks = join(prepared.config.processes.ddp_timeout)
+        ranks = join(prepared.config.processes)
         accelerator = make_accelerator(prepared.config)
         device = accelerator.device
         with ranks.together():

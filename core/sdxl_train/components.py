@@ -592,6 +592,9 @@ class Observer(Component):
     """Active without being asked for (built-in ones only)."""
     unlimited: ClassVar[bool] = False
     """Its calls may take longer than ``--observer_timeout``: it computes, it waits for nobody."""
+    everywhere: ClassVar[bool] = False
+    """Built and told in every process, to share its work out (``run.share_out``); other observers
+    live in the main process only. It must do the same everywhere but for what it writes."""
 
     def sample_steps(self, counts: StepCounts) -> Sequence[int]:
         """Give the steps after which this observer samples pictures, for the plan.

@@ -50,9 +50,13 @@ class TrainingError(SdxlTrainError):
     """The run failed while running, for a reason that its message names. Exit code 1."""
 
 
+class LostConnectionError(TrainingError):
+    """Another of the processes that train together is gone."""
+
+
 class PluginError(SdxlTrainError):
     """A plugin cannot be used; the message says which, of what distribution, and why."""
 
 
 class EndedElsewhereError(SdxlTrainError):
-    """The run ended in all its processes; the main one says why. There is nothing to add."""
+    """The run ended in all its processes; another one says why. There is nothing to add."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ from sdxl_train.errors import SdxlTrainError
 from sdxl_train.hookspecs import EVENTS, hookimpl
 from sdxl_train.loading import Implementations, signature_fault
 from sdxl_train.packing import pack
+from sdxl_train.ranks import ALONE
 from sdxl_train.signals import TimeIsUp, time_limit
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pluggy import PluginManager
 
     from sdxl_train.plugins import LoadedPlugin
+    from sdxl_train.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,10 @@ class Events:
 
     An observer that raises, or takes longer than ``timeout`` seconds in a call, is reported once
     and not asked again; with ``strict`` the exception ends the run instead. What it changes of the
-    process (threads, default type, gradient mode) is put back. ``silent`` tells nobody anything.
+    process (threads, default type, gradient mode) is put back.
+
+    With several processes, those beside the main one tell only observers that act everywhere; when
+    such a one fails in any of them, it is left out in all.
 
     Attributes:
         failures: What went wrong, by the name of the plugin or ``observer NAME``.
@@ -55,29 +60,34 @@ class Events:
         *,
         strict: bool = False,
         timeout: float = 0,
-        silent: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.manager = manager
-        self.silent = silent
+        self.ranks = ranks
         self.plugins = plugins
         self.strict = strict
         self.timeout = timeout
         self.failures: dict[str, str] = {}
         self._observers: list[str] = []
         self._unlimited: set[str] = set()
+        self._everywhere: set[str] = set()
         self._keeping: dict[str, KeepsState] = {}
 
-    def add_observer(self, name: str, observer: object, *, unlimited: bool = False) -> None:
+    def add_observer(
+        self, name: str, observer: object, *, unlimited: bool = False, everywhere: bool = False
+    ) -> None:
         """Register the object that an Observer component built.
 
         Args:
             name: Name of the component.
             observer: The object.
             unlimited: Its calls may take as long as they take.
+            everywhere: Every process has it.
 
         Raises:
-            SdxlTrainError: If none of its methods is an event, one looks like a misspelt event, or
-                one wants arguments that its event does not have.
+            SdxlTrainError: If none of its methods is an event, one looks like a misspelt event,
+                one wants arguments that its event does not have, or it acts everywhere and wants to
+                keep something in states.
         """
         implementations = Implementations()
         for event in _events_of(name, observer):
@@ -89,7 +99,13 @@ class Events:
         self._observers.append(f"observer {name}")
         if unlimited:
             self._unlimited.add(f"observer {name}")
+        if everywhere:
+            self._everywhere.add(f"observer {name}")
         if isinstance(observer, KeepsState):
+            if everywhere:  # the main process alone saves, so a failure there would stay alone
+                raise SdxlTrainError(
+                    f"observer '{name}': one that acts everywhere can keep nothing in states"
+                )
             self._keeping[name] = observer
         self.manager.register(implementations, name=f"observer {name}")
 
@@ -103,11 +119,16 @@ class Events:
             keepers: Call only those that keep something in states, or only the others.
             arguments: What the event offers.
         """
-        for impl in () if self.silent else getattr(self.manager.hook, event).get_hookimpls():
+        for impl in getattr(self.manager.hook, event).get_hookimpls():
+            if not (self.ranks.main or impl.plugin_name in self._everywhere):
+                continue
             keeps = impl.plugin_name.removeprefix("observer ") in self._keeping
             if impl.plugin_name in self.failures or keepers not in (None, keeps):
                 continue
-            with self._isolated(impl.plugin_name, event, run_failed=bool(arguments.get("error"))):
+            failed = bool(arguments.get("error"))
+            # At its end a run may have failed in another process: they meet no more.
+            meets = impl.plugin_name in self._everywhere and event != "run_finished"
+            with self._isolated(impl.plugin_name, event, run_failed=failed, meets=meets):
                 impl.function(*(arguments[name] for name in impl.argnames))
 
     def states(self) -> dict[str, Mapping[str, Any]]:
@@ -129,17 +150,20 @@ class Events:
                     observer.load_state_dict(kept[name])
 
     @contextmanager
-    def _isolated(self, name: str, what: str, *, run_failed: bool = False) -> Iterator[None]:
+    def _isolated(
+        self, name: str, what: str, *, run_failed: bool = False, meets: bool = False
+    ) -> Iterator[None]:
         """Keep what goes wrong in a call of an observer from the run, but for strict ones."""
         limit = 0 if name in self._unlimited else self.timeout
+        shared = self.ranks.attempt() if meets else nullcontext()
         try:
-            with kept_process_state(name), time_limit(limit):
+            with kept_process_state(name), shared, time_limit(limit):
                 yield
         except (Exception, SystemExit, TimeIsUp) as error:
             # Whatever an observer does, the weights and the run's end are not its business.
             blame(error, self.plugins)
             # A run that has failed already ends with its own error.
-            if self.strict and not run_failed:
+            if self.ranks.over or (self.strict and not run_failed):
                 raise
             text = f"{type(error).__name__}: {error}"
             if isinstance(error, TimeIsUp):

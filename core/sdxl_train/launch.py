@@ -58,6 +58,16 @@ def launched() -> Launch:
     )
 
 
+def left_alone() -> bool:
+    """Tell whether accelerate's launcher was asked for several processes and started only this one.
+
+    So it does where it finds fewer than two GPUs and is not told ``--multi_gpu``. It then says how
+    the processes would meet, and nothing of how many they are.
+    """
+    from_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    return from_accelerate and not any(os.environ.get(name) for name in (*_INDEX, *_COUNT))
+
+
 def _number(names: tuple[str, ...], default: int) -> int:
     texts = (os.environ.get(name, "") for name in names)
     return next((int(text) for text in texts if text.isdecimal()), default)

@@ -19,6 +19,7 @@ from sdxl_train.errors import Problem, UserError
 from sdxl_train.launch import launched
 from sdxl_train.machine import machine_problems
 from sdxl_train.plugins import PluginHost
+from sdxl_train.process_options import accelerate_settings
 from sdxl_train.registry import Registry
 from sdxl_train.resolve import Resolver
 from sdxl_train.resume import ResumePoint, differences, find_resume_point, process_remark
@@ -82,6 +83,7 @@ def prepare(
     Raises:
         UserError: With every problem found.
     """
+    settings = {**accelerate_settings(), **settings}
     host = host or PluginHost()
     processes = processes or launched().count
     resolution = Resolver(settings, host, Registry(host)).resolve()

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from sdxl_train.components import OptionModel
 from sdxl_train.errors import Problem
+from sdxl_train.launch import left_alone
+from sdxl_train.options import Setting, Words
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,22 @@ _ENGINES = {
 }
 """What accelerate's launcher sets for the engines that its configuration asks for."""
 
+_CONFIGURATION = "accelerate's configuration"
+_SETTINGS: dict[str, tuple[dict[str, str], str]] = {
+    "mixed_precision": ({"mixed_precision": ""}, "no"),
+    "gradient_accumulation_steps": ({"gradient_accumulation_steps": ""}, "1"),
+    "dynamo_backend": ({"torch_compile": "true", "dynamo_backend": ""}, "no"),
+    "use_cpu": ({"device": "cpu"}, "false"),
+}
+"""Settings of accelerate: the options that they set, to their own value or to the one that stands
+here, and the value that says nothing."""
+_UNUSED = {
+    "dynamo_mode": "default",
+    "dynamo_use_fullgraph": "false",
+    "dynamo_use_dynamic": "false",
+    "dynamo_use_regional_compilation": "false",
+}
+
 
 class ProcessOptions(OptionModel):
     """How several processes train together."""
@@ -42,10 +60,13 @@ class ProcessOptions(OptionModel):
         None, ge=1, description="Minutes to wait for another process. Default: torch's, 30."
     )
     ddp_gradient_as_bucket_view: bool = Field(
-        False, description="No effect: gradients are always exchanged in one piece."
+        False,
+        description="Let gradients lie in the summed tensor, and spare copying them back.",
     )
     ddp_static_graph: bool = Field(
-        False, description="No effect: the exchange never looks at the graph."
+        False,
+        description="The same parts of the network have gradients in every step: find out which "
+        "once. Not with module dropout.",
     )
     deepspeed: bool = Field(False, description="DeepSpeed, which is refused.")
     zero_stage: int | None = Field(None, description="Of DeepSpeed.")
@@ -69,10 +90,18 @@ class ProcessOptions(OptionModel):
         for variable, engine in _ENGINES.items():
             if os.environ.get(variable, "").lower() in ("1", "true"):
                 yield Problem(
-                    place="accelerate's configuration",
+                    place=_CONFIGURATION,
                     message=f"asks for {engine}, which is not supported: only the network trains",
                     remedy="choose MULTI_GPU there, or pass --multi_gpu to accelerate launch",
                 )
+        if left_alone():
+            yield Problem(
+                place="accelerate launch",
+                message="was asked for several processes, and started only this one, as it does "
+                "where it finds fewer than two GPUs",
+                remedy="add --multi_gpu (it works without GPUs too), or use torchrun "
+                "--nproc_per_node N; if one process is what you want, unset MASTER_ADDR",
+            )
         if config.training.fused_backward_pass and processes > 1:
             yield Problem(
                 place=config.place("fused_backward_pass"),
@@ -82,29 +111,31 @@ class ProcessOptions(OptionModel):
 
     def remarks(self, config: RunConfig, processes: int) -> Iterator[str]:
         """Say what has no effect, and which of accelerate's settings this run does not follow."""
-        for name in ("ddp_gradient_as_bucket_view", "ddp_static_graph"):
-            if getattr(self, name):
+        for name in ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"):
+            if getattr(self, name) and processes == 1:
+                yield f"{config.place(name)} has no effect with one process"
+        options = config.options()
+        for name, setting in accelerate_settings().items():
+            used = str(options[name]["value"]).lower()
+            if config.settings[name] != setting and used != str(setting.value):
                 yield (
-                    f"{config.place(name)} has no effect: gradients are not exchanged by DDP, but "
-                    f"in one flat all-reduce each step"
+                    f"{setting.place} says {name} {setting.value}; what counts is "
+                    f"{config.place(name)}, which says {used}"
                 )
-        if self.ddp_timeout is not None and processes == 1:
-            yield f"{config.place('ddp_timeout')} has no effect with one process"
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-        if precision not in ("no", config.training.mixed_precision):
-            yield (
-                f"accelerate's configuration says mixed precision {precision}; what counts is "
-                f"--mixed_precision, which is {config.training.mixed_precision}"
-            )
-        accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-        if accumulation not in ("1", str(config.training.gradient_accumulation_steps)):
-            yield (
-                f"accelerate's configuration says {accumulation} gradient accumulation steps; what "
-                f"counts is --gradient_accumulation_steps"
-            )
-        dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        if dynamo.lower() != "no":
-            yield (
-                f"accelerate's configuration says dynamo backend {dynamo}; what counts is "
-                f"--torch_compile"
-            )
+        for name, default in _UNUSED.items():
+            value = os.environ.get(f"ACCELERATE_{name.upper()}", default).lower()
+            if value != default:
+                yield f"{_CONFIGURATION}'s {name} {value} has no effect: it is not offered here"
+
+
+def accelerate_settings() -> dict[str, Setting]:
+    """Give what accelerate's launcher says, as options; the user's own come before them."""
+    said: dict[str, str] = {}
+    for name, (options, idle) in _SETTINGS.items():
+        value = os.environ.get(f"ACCELERATE_{name.upper()}", idle).lower()
+        if value != idle:
+            said |= {option: fixed or value for option, fixed in options.items()}
+    return {
+        option: Setting(value=Words((value,)), place=_CONFIGURATION, origin=_CONFIGURATION)
+        for option, value in said.items()
+    }

@@ -39,7 +39,7 @@ from sdxl_train.fused import FusedBackward
 from sdxl_train.history import History
 from sdxl_train.loop import Step, StepResult, train
 from sdxl_train.pace import Pace
-from sdxl_train.ranks import digest, join
+from sdxl_train.process_group import digest, join
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.remarks import Remarks
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
@@ -48,6 +48,7 @@ from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
 from sdxl_train.state import load_observers
+from sdxl_train.state_transfer import within_reach
 from sdxl_train.supply import Supply
 from sdxl_train.validation import (
     Validation,
@@ -73,7 +74,7 @@ if TYPE_CHECKING:
     from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
-    from sdxl_train.ranks import Ranks
+    from sdxl_train.ranks import Ranks, ShareOut
     from sdxl_train.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,11 @@ class Run:
         evaluation: Gives a context in which training stands still, for who uses the model beside
             it: ``with run.evaluation(): ...``. See :meth:`.Evaluation.pause`.
         stopping: Tells whether a signal asked the run to stop: long work may leave the rest out.
+        main: Whether this is the process that writes files. The others have only observers that
+            act everywhere (:attr:`.Observer.everywhere`).
+        share_out: Deals work to all processes and gives the results in order, in every process:
+            ``run.share_out(pieces, do)``, where ``do(own_pieces)`` yields a result for each.
+            For observers that act everywhere, and values that can be pickled.
     """
 
     config: RunConfig
@@ -119,6 +125,8 @@ class Run:
     tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
     stopping: Callable[[], bool]
+    main: bool
+    share_out: ShareOut
 
 
 @dataclass(kw_only=True)
@@ -166,7 +174,7 @@ def execute(prepared: Prepared, plan: Plan, *, lap: Callable[[str], None] = _ign
     """
     plugins = list(prepared.host.enabled.values())
     try:
-        ranks = join(prepared.config.processes.ddp_timeout)
+        ranks = join(prepared.config.processes)
         accelerator = make_accelerator(prepared.config)
         with ranks.together():
             return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks, lap)
@@ -274,6 +282,8 @@ class Trainer:
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
             stopping=ranks.stopping,
+            main=ranks.main,
+            share_out=ranks.share_out,
         )
         self.saver = Saver(
             prepared,
@@ -496,6 +506,10 @@ class Trainer:
                 f"is {model} now, {point.manifest.model} in {point.folder}",
                 "resume with the base model of the state, or add --allow_base_change",
             )
+        with within_reach(point.folder, self.ranks) as folder:
+            return self._restore_from(replace(point, folder=folder))
+
+    def _restore_from(self, point: ResumePoint) -> Mapping[str, Mapping[str, Any]]:
         self.saver.restore(point)
         if self.config.training.reset_optimizer:
             return {}  # the weights only: the rest may be what is corrupt
@@ -649,14 +663,16 @@ class Trainer:
             list(host.enabled.values()),
             strict=self.config.training.strict_observers,
             timeout=self.config.training.observer_timeout,
-            silent=not self.ranks.main,
+            ranks=self.ranks,
         )
-        if not self.ranks.main:
-            return events
         names = [e.qualified for e in self.config.entries if e.kind.name == "observer"]
         for name, observer in zip(names, self.config.observers, strict=True):
+            if not (self.ranks.main or observer.everywhere):
+                continue
             built = observer.build(self.run)
-            events.add_observer(name, built, unlimited=observer.unlimited)
+            events.add_observer(
+                name, built, unlimited=observer.unlimited, everywhere=observer.everywhere
+            )
             if isinstance(built, WeightAverage):
                 self.averages[name] = built
                 if self.prepared.resume is not None:

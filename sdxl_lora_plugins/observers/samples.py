@@ -19,6 +19,7 @@ class SampleImages(Observer):
     """Sample pictures of prompts while training."""
 
     unlimited: ClassVar[bool] = True
+    everywhere: ClassVar[bool] = True
 
     sample_prompts: Path | None = Field(
         None, description="File of prompts to sample: .txt (one a line), .toml or .json."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,7 @@ from sdxl_train import ImageRequest, SampledImage, __version__, derive_seed
 from sdxl_train.ldm import SAMPLERS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sampling:
-    """Samples the prompts of one run.
+    """Samples the prompts of one run, dealt to its processes.
 
     Prompts are encoded once if no text encoder trains: the encoders may be released afterwards.
     """
@@ -58,25 +59,20 @@ class Sampling:
             self._sample(step.step, step.epoch)
 
     def _sample(self, step: int, epoch: int) -> None:
+        """Draw the pictures, each in one of the processes; the main one writes them."""
         started = time.monotonic()
+        numbers = range(len(self.requests))
         images = []
         with self.run.evaluation():
-            for index, request in enumerate(self.requests):
-                if self.run.stopping():
-                    logger.warning(
-                        "sampling ends early: %d pictures are left out", len(self.requests) - index
-                    )
-                    break
-                image = self._take(index, request, step, epoch)
-                if image.fault:
-                    logger.warning(
-                        "sample %d after step %d (%.60s) %s",
-                        index,
-                        step,
-                        request.prompt,
-                        image.fault,
-                    )
-                images.append(image)
+            for index, drawn in self.run.share_out(numbers, self._draw_each):
+                if self.run.main:
+                    images.append(self._keep(index, drawn, step, epoch))
+        if not self.run.main:
+            return
+        if len(images) < len(numbers):
+            logger.warning(
+                "sampling ends early: %d pictures are left out", len(numbers) - len(images)
+            )
         logger.info(
             "sampled %d pictures after step %d in %.1f s, in %s",
             sum(image.path is not None for image in images),
@@ -86,19 +82,33 @@ class Sampling:
         )
         self.run.tell("images_sampled", run=self.run, images=images)
 
-    def _take(self, index: int, request: ImageRequest, step: int, epoch: int) -> SampledImage:
+    def _draw_each(self, numbers: Sequence[int]) -> Iterator[tuple[int, Drawn]]:
+        for index in numbers:
+            if self.run.stopping():
+                return
+            yield index, self._draw(index)
+
+    def _draw(self, index: int) -> Drawn:
+        request = self.requests[index]
         self.run.assembly.adapter.multiplier = request.multiplier
-        path, fault = None, None
         try:
             text = self._texts[index] if self._texts else self._encode(request)
-            picture = self.sampler(request, text)
-            fault = _fault(picture)
-            if torch.isfinite(picture).all():
-                path = self._write(picture, index, request, step, epoch)
+            return Drawn.of(self.sampler(request, text))
         except Exception as error:  # noqa: BLE001 - other pictures may succeed
-            # Out of memory at this size, a full disk; and samplers raise all there is (IndexError,
-            # TypeError) where the steps are too few for them.
-            fault = f"failed: {type(error).__name__}: {error}"
+            # Out of memory at this size; and samplers raise all there is (IndexError, TypeError)
+            # where the steps are too few for them.
+            return Drawn(fault=f"failed: {type(error).__name__}: {error}")
+
+    def _keep(self, index: int, drawn: Drawn, step: int, epoch: int) -> SampledImage:
+        """Write a picture, if there is one, and say what is wrong with it, if anything."""
+        request, path, fault = self.requests[index], None, drawn.fault
+        if drawn.pixels is not None:
+            try:
+                path = self._write(drawn.pixels, index, request, step, epoch)
+            except OSError as error:  # a full disk
+                fault = f"failed: {type(error).__name__}: {error}"
+        if fault:
+            logger.warning("sample %d after step %d (%.60s) %s", index, step, request.prompt, fault)
         return SampledImage(
             request=request, index=index, step=step, epoch=epoch, path=path, fault=fault
         )
@@ -128,7 +138,7 @@ class Sampling:
         return self.run.output_dir / "sample"
 
     def _write(
-        self, picture: Tensor, index: int, request: ImageRequest, step: int, epoch: int
+        self, pixels: Tensor, index: int, request: ImageRequest, step: int, epoch: int
     ) -> Path:
         """Write a PNG named as sd-scripts does."""
         named = self.run.config.output.output_name
@@ -145,8 +155,7 @@ class Sampling:
         info = PngInfo()
         # Not add_text: its Latin-1 knows few of the world's prompts.
         info.add_itxt("parameters", self._parameters(request, step))
-        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(path, pnginfo=info)
+        Image.fromarray(pixels.numpy()).save(path, pnginfo=info)
         return path
 
     def _parameters(self, request: ImageRequest, step: int) -> str:
@@ -172,11 +181,25 @@ class Sampling:
         return "\n".join(lines)
 
 
-def _fault(picture: Tensor) -> str | None:
-    """Tell what is wrong with a picture [3, H, W] in [0, 1], if anything."""
-    if not torch.isfinite(picture).all():
-        return "is not finite (NaN), so it was not written: is the VAE or the network broken?"
-    darkest, brightest = (picture.amin() * 255).round(), (picture.amax() * 255).round()
-    if darkest == brightest:
-        return f"is of one colour ({darkest.item():.0f}): is the VAE or the network broken?"
-    return None
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """What came of drawing a picture.
+
+    Attributes:
+        pixels: uint8 [H, W, 3] on the CPU, unless it failed or is not finite.
+        fault: What is wrong, if anything.
+    """
+
+    pixels: Tensor | None = None
+    fault: str | None = None
+
+    @classmethod
+    def of(cls, picture: Tensor) -> Drawn:
+        """Look at a picture [3, H, W] in [0, 1]."""
+        broken = "is the VAE or the network broken?"
+        if not torch.isfinite(picture).all():
+            return cls(fault=f"is not finite (NaN), so it was not written: {broken}")
+        pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        darkest, brightest = pixels.amin(), pixels.amax()
+        constant = f"is of one colour ({darkest.item()}): {broken}"
+        return cls(pixels=pixels, fault=constant if darkest == brightest else None)

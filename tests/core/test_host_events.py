@@ -208,6 +208,12 @@ class Keeper(Recorder):
         self.kept = state["kept"]
 
 
+def test_an_observer_that_acts_everywhere_keeps_nothing_in_states() -> None:
+    events = _events(PluginHost())
+    with pytest.raises(SdxlTrainError, match="acts everywhere"):
+        events.add_observer("keeper", Keeper(), everywhere=True)
+
+
 def test_observers_keep_what_they_know_and_cannot_spoil_a_state() -> None:
     events, keepers = _events(PluginHost()), [Keeper(), Keeper(), Keeper()]
     events.add_observer("plain", Recorder())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import multiprocessing
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import pytest
 import torch
@@ -16,10 +18,19 @@ from safetensors.torch import load_file
 from tests.end_to_end.conftest import as_flags
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext
+
+    from torch import Tensor
+
     from tests.end_to_end.conftest import MakeOptions, StartCommand, TrainLora
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-"""It chooses a free port by itself."""
+LAUNCH = (
+    *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+    # It chooses a free port by itself.
+    *("--main_process_port", "0", "--num_machines", "1", "--dynamo_backend", "no"),
+    *("--mixed_precision", "no", "--num_cpu_threads_per_process", "1"),
+)
+"""accelerate starts its processes by torchrun, and leaves restarts to it."""
 
 ACCIDENTS = '''
 """Accidents that happen to process 1, once, where a file tells that they have not yet happened."""
@@ -62,8 +73,14 @@ def register_losses():
 '''
 
 
+Death: TypeAlias = tuple[int, str, int]
+"""A process, the function in which it is killed, and the call of it."""
+
+
 class RunTwo(Protocol):
-    def __call__(self, options: dict[str, Any]) -> tuple[list[int | None], str]: ...
+    def __call__(
+        self, options: dict[str, Any], death: Death | None = None
+    ) -> tuple[list[int | None], str]: ...
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +88,20 @@ def accidents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plugins") / "accidents.py"
     path.write_text(ACCIDENTS, encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="module")
+def straight(train_lora: TrainLora) -> dict[str, Tensor]:
+    """What one process makes in six steps, undisturbed."""
+    return train_lora(
+        optimizer_type="SGD", learning_rate=0.1, max_train_steps=6, train_batch_size=2
+    ).tensors
+
+
+def _assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -90,7 +121,7 @@ def job(options: MakeOptions, accidents: Path, tmp_path: Path) -> dict[str, Any]
     )
 
 
-def command_of_two(index: int, meeting: Path, words: list[str]) -> None:
+def command_of_two(index: int, meeting: Path, words: list[str], death: Death | None) -> None:
     """Be process ``index`` of a launch, and write what it says to a file of its own."""
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     import torch.distributed
@@ -99,6 +130,8 @@ def command_of_two(index: int, meeting: Path, words: list[str]) -> None:
 
     vars(cli)["PATIENCE"] = 0  # no launcher waits to be told
     torch.set_num_threads(1)
+    if death is not None and death[0] == index:
+        _die_in(*death[1:])
     with meeting.with_name(f"said-{index}").open("w") as said:
         sys.stderr = said
         torch.distributed.init_process_group(
@@ -108,27 +141,41 @@ def command_of_two(index: int, meeting: Path, words: list[str]) -> None:
     os._exit(code)
 
 
-@pytest.fixture
-def run_two(tmp_path: Path) -> RunTwo:
-    """Run the command in two processes: their exit codes, and what both have said."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["sdxl_train.run", "sdxl_train.planning", "sdxl_train.ldm.loading"]
-    )
+def _die_in(place: str, call: int) -> None:
+    """Have this process be killed in the nth call of a function, before it does anything."""
+    module, path = place.split(":")
+    *holder, name = path.split(".")
+    owner: Any = importlib.import_module(module)
+    for part in holder:
+        owner = getattr(owner, part)
+    original = getattr(owner, name)
+    calls = []
 
-    def run(options: dict[str, Any]) -> tuple[list[int | None], str]:
-        processes = [
-            context.Process(
-                target=command_of_two, args=(index, tmp_path / "meeting", as_flags(options))
-            )
-            for index in range(2)
+    def deadly(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+
+    setattr(owner, name, deadly)
+
+
+@pytest.fixture
+def run_two(processes: ForkServerContext, tmp_path: Path) -> RunTwo:
+    """Run the command in two processes: their exit codes, and what both have said."""
+
+    def run(options: dict[str, Any], death: Death | None = None) -> tuple[list[int | None], str]:
+        meeting = Path(mkdtemp(dir=tmp_path)) / "meeting"
+        pair = [
+            processes.Process(target=command_of_two, args=(i, meeting, as_flags(options), death))
+            for i in range(2)
         ]
-        for process in processes:
+        for process in pair:
             process.start()
-        for process in processes:
+        for process in pair:
             process.join()
-        said = "".join((tmp_path / f"said-{index}").read_text() for index in range(2))
-        return [process.exitcode for process in processes], said
+        said = "".join(meeting.with_name(f"said-{index}").read_text() for index in range(2))
+        return [process.exitcode for process in pair], said
 
     return run
 
@@ -139,9 +186,9 @@ def _status(options: dict[str, Any]) -> str:
 
 
 def test_killed_process_and_restarted_job_reach_the_straight_result(
-    job: dict[str, Any], start_command: StartCommand, train_lora: TrainLora
+    job: dict[str, Any], start_command: StartCommand, straight: dict[str, Tensor]
 ) -> None:
-    launcher = (*TORCHRUN, "--max_restarts", "1", "-m", "sdxl_train")
+    launcher = (*LAUNCH, "--max_restarts", "1", "-m", "sdxl_train")
     # Each process calls the loss once a step.
     process = start_command({**job, "accident": "SIGKILL", "at_call": 4}, launcher=launcher)
     _, errors = process.communicate()
@@ -151,15 +198,11 @@ def test_killed_process_and_restarted_job_reach_the_straight_result(
     # The main process saved the last whole step, and the job went on from there.
     assert (folder / "photo-step00000003-state").is_dir()
     assert "resumed from" in errors
-    straight = train_lora(
-        optimizer_type="SGD", learning_rate=0.1, max_train_steps=6, train_batch_size=2
-    )
-    for name, tensor in load_file(folder / "photo.safetensors").items():
-        torch.testing.assert_close(tensor, straight.tensors[name], rtol=0, atol=1e-6)
+    _assert_close(load_file(folder / "photo.safetensors"), straight)
 
 
 def test_signal_to_any_process_saves_once_and_one_process_goes_on(
-    job: dict[str, Any], run_two: RunTwo, train_lora: TrainLora
+    job: dict[str, Any], run_two: RunTwo, train_lora: TrainLora, straight: dict[str, Tensor]
 ) -> None:
     codes, errors = run_two({**job, "accident": "SIGTERM", "at_call": 2})
     assert codes == [143, 143], errors
@@ -177,9 +220,7 @@ def test_signal_to_any_process_saves_once_and_one_process_goes_on(
     again = train_lora(
         **{**descent, **quiet, "train_batch_size": 2, "resume": str(state)},
     )
-    straight = train_lora(**{**descent, "train_batch_size": 2})
-    for name, tensor in again.tensors.items():
-        torch.testing.assert_close(tensor, straight.tensors[name], rtol=0, atol=1e-6)
+    _assert_close(again.tensors, straight)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +242,32 @@ def test_cause_is_told_once_and_the_last_step_is_saved(
     folder = Path(job["output_dir"])
     assert (folder / "photo-step00000002-state").is_dir()
     assert "the state of step 2 is saved" in errors
+
+
+@pytest.mark.parametrize(
+    "death",
+    [
+        (0, "sdxl_train.loop:batch_loss", 4),
+        # After the files of the state of step 4, and before it is whole.
+        (0, "sdxl_train.state:_replace_folder", 2),
+        (1, "sdxl_train.data.cache:LatentCache._encode", 2),
+    ],
+    ids=["main one in a step", "main one in a save", "other one while caching"],
+)
+def test_killed_process_ends_all_with_the_cause_told_once_and_a_new_job_goes_on(
+    death: Death, job: dict[str, Any], run_two: RunTwo, straight: dict[str, Tensor]
+) -> None:
+    saving = {"save_every_n_steps": 2, "save_state": True, "cache_latents": True}
+    codes, errors = run_two({**job, **saving}, death)
+    killed, other = (codes[death[0]], codes[1 - death[0]])
+    assert (killed, other) == (-signal.SIGKILL, 1), errors
+    assert errors.count("the connection to another process is lost") == 1
+    assert errors.count("error:") == 1
+
+    codes, errors = run_two({**job, **saving})
+    assert codes == [0, 0], errors
+    assert ("resumed from" in errors) == ("cache" not in death[1])
+    _assert_close(load_file(Path(job["output_dir"]) / "photo.safetensors"), straight)
 
 
 def test_wrong_input_is_told_once(job: dict[str, Any], run_two: RunTwo) -> None:

@@ -84,6 +84,13 @@ def stored_shapes(module: nn.Module, origins: Mapping[str, Origin]) -> dict[str,
 @pytest.fixture(scope="module")
 def full_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sparse file with the header of the full-size SDXL: 7 GB that take no room."""
+    path = tmp_path_factory.mktemp("full") / "sdxl.safetensors"
+    write_full_size(path, "F16")
+    return path
+
+
+def write_full_size(path: Path, dtype: str) -> None:
+    """Write a sparse file with the header of the full-size SDXL, in a type of 16 bits."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
         te1 = CLIPTextModel(CLIPTextConfig(**TE1))
@@ -102,14 +109,12 @@ def full_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     end = 0
     for name, shape in shapes.items():
         size = 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [end, end + size]}
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     raw = json.dumps(header).encode()
-    path = tmp_path_factory.mktemp("full") / "sdxl.safetensors"
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         file.truncate(8 + len(raw) + end)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from sdxl_train.errors import EndedElsewhereError, UserError
+from sdxl_train.errors import EndedElsewhereError, LostConnectionError, UserError
 from sdxl_train.launch import launched
 from sdxl_train.progress import allow_bars
 from sdxl_train.remarks import concerns_the_run
@@ -148,7 +148,9 @@ def discard_output() -> None:
 def report(error: SdxlTrainError) -> None:
     """Print what is wrong, each problem on its own, to standard error."""
     here = launched()
-    if isinstance(error, EndedElsewhereError) or not (here.main or here.local_index == 0):
+    # Each machine may have wrong input of its own; a lost process may be the main one.
+    speaks = here.main or here.local_index == 0 or isinstance(error, LostConnectionError)
+    if isinstance(error, EndedElsewhereError) or not speaks:
         return
     if isinstance(error, UserError):
         count = len(error.problems)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sdxl_lora_plugins.made_up import MadeUpSdxl
-from sdxl_lora_plugins.networks import Lora
 from sdxl_train import peak_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
 
     from sdxl_train import RunConfig
 
@@ -189,7 +191,8 @@ def training_flops(size: str, resolution: tuple[int, int], rank: int) -> int:
     """
     model = MadeUpSdxl(pretrained_model_name_or_path=size, network_train_unet_only=True)
     loaded = model.build("meta", torch.float32)
-    Lora(network_dim=rank).build(loaded)
+    for path in list(adapted_layers(loaded.denoiser)):
+        loaded.denoiser.set_submodule(path, _WithLora(loaded.denoiser.get_submodule(path), rank))
     width, height = (side // loaded.latent_scale for side in resolution)
     with torch.device("meta"):
         pixels = torch.zeros(1, 2, dtype=torch.int64)
@@ -199,6 +202,30 @@ def training_flops(size: str, resolution: tuple[int, int], rank: int) -> int:
         with FlopCounterMode(display=False) as counter:
             torch.autograd.backward(loaded.predict(latents, timesteps, {**text, **sizes}).sum())
     return int(counter.get_total_flops())
+
+
+def adapted_layers(unet: nn.Module) -> Iterator[str]:
+    """Name the layers that a LoRA of this program adapts: the linear ones of transformers."""
+    for path, block in unet.named_modules():
+        if type(block).__name__ == "Transformer2DModel":
+            for name, layer in block.named_modules():
+                if isinstance(layer, nn.Linear):
+                    yield f"{path}.{name}"
+
+
+class _WithLora(nn.Module):
+    """A layer with a LoRA as it is written down, to count."""
+
+    def __init__(self, layer: nn.Module, rank: int) -> None:
+        super().__init__()
+        assert isinstance(layer, nn.Linear)
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, rank, bias=False, device="meta")
+        self.up = nn.Linear(rank, layer.out_features, bias=False, device="meta")
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layer(x) + self.up(self.down(x))
+        return output
 
 
 def forget_peak(device: torch.device) -> None:

@@ -10,19 +10,16 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from peft import LoraConfig
-from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from sdxl_lora_plugins.commands.bench_figures import DTYPES
+from sdxl_lora_plugins.commands.bench_figures import DTYPES, adapted_layers
 from sdxl_lora_plugins.made_up_parts import fill_in, full_parts, text_widths
 from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train import shows_bars
 from sdxl_train.ldm import tiny_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from sdxl_lora_plugins.commands.bench_figures import Stopwatch, Work
@@ -116,7 +113,7 @@ class PlainLoop:
             r=self.work.rank,
             lora_alpha=self.work.rank,
             init_lora_weights="gaussian",
-            target_modules=list(_adapted(unet)),
+            target_modules=list(adapted_layers(unet)),
         )
         unet.add_adapter(config)
         # As the example does for mixed precision: what trains is fp32.
@@ -151,12 +148,3 @@ class PlainLoop:
             return_dict=False,
         )[0]
         return F.mse_loss(predicted.float(), noise.float(), reduction="mean")
-
-
-def _adapted(unet: nn.Module) -> Iterator[str]:
-    """Name the layers that a LoRA of this program adapts: the linear ones of transformers."""
-    for path, block in unet.named_modules():
-        if type(block).__name__ == "Transformer2DModel":
-            for name, layer in block.named_modules():
-                if isinstance(layer, nn.Linear):
-                    yield f"{path}.{name}"

@@ -72,7 +72,7 @@ def write_tiny(
     """
     parts = _random_parts(family, shape, seed)
     if single_file:
-        _write_file(path, family, parts, prediction_type, dtype)
+        write_file(path, family, parts, prediction_type, dtype)
     else:
         _write_folder(path, family, parts, prediction_type, dtype)
     return path
@@ -228,14 +228,15 @@ def _write_folder(
     _write_json(path / "model_index.json", index)
 
 
-def _write_file(
+def write_file(
     path: Path,
     family: Family,
     parts: BareParts,
     prediction_type: PredictionType,
     dtype: torch.dtype,
 ) -> None:
-    levels = len(_VAE_WIDTHS)
+    """Write the parts of a model as one file in LDM naming."""
+    levels = len(parts.vae.config["block_out_channels"])
     tensors = _stored(parts.unet, checkpoint.unet_origins(parts.unet))
     for form, encoder in zip(family.text_encoders, parts.text_encoders, strict=True):
         stored = _stored(encoder, checkpoint.clip_origins(encoder, form))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pydantic import Field
 
     from sdxl_train.api import plan, train
-    from sdxl_train.by_name import named_values
+    from sdxl_train.by_name import named_values, read_values
     from sdxl_train.checkpoint import Checkpoint, write_atomically
     from sdxl_train.components import (
         Adapter,
@@ -107,6 +107,7 @@ _HOMES = {
     "UserError": "sdxl_train.errors",
     "limit_norms": "sdxl_train.weights",
     "named_values": "sdxl_train.by_name",
+    "read_values": "sdxl_train.by_name",
     "quiet": "sdxl_train.libraries",
     "ValidationResult": "sdxl_train.validation",
     "require_fit": "sdxl_train.weights",
@@ -179,6 +180,7 @@ __all__ = [
     "quiet",
     "read_text",
     "read_toml",
+    "read_values",
     "recorded_settings",
     "require_fit",
     "shows_bars",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
-def named_values(
-    value: object,
-    names: Sequence[str],
-    *,
-    whole: bool,
-    groups: Sequence[str] = (),
-    spelling: Callable[[str], str] = str.lower,
-) -> object:
-    """Read a value for each name, for a validator of pydantic.
+def read_values(value: object, *, whole: bool) -> object:
+    """Read numbers in order, or by name, for a validator of pydantic.
 
     Args:
         value: What was given: text, a list, or a table from names to numbers. Anything else is
             given back as it is.
-        names: The names, in order.
         whole: Whether numbers must be whole.
-        groups: Words that mean every name that begins with them.
-        spelling: Turns what was given into the spelling of ``names``.
 
     Returns:
-        A list of numbers >= 0. Where names were given it has one entry for each name, None for
-        those that were not; where several fit, the last counts.
+        A list of numbers >= 0, None for those that were; or a table from what was given for names,
+        globs among them, to such numbers.
 
     Raises:
-        ValueError: If something is no such number, or no such name; with the names that are close.
+        ValueError: If something is no such number.
     """
     if isinstance(value, str):
         value = [item for item in value.split(",") if item.strip()]
@@ -49,14 +40,44 @@ def named_values(
         value = {name: number for name, _, number in pairs}
     if isinstance(value, list):
         return [None if item is None else _number(item, whole=whole) for item in value]
-    if not isinstance(value, dict):
-        return value
-    values: list[float | None] = [None] * len(names)
-    for name, item in value.items():
-        number = _number(item, whole=whole)
-        for index in _positions(spelling(str(name).strip()), names, groups):
-            values[index] = number
-    return values
+    if isinstance(value, dict):
+        return {str(name).strip(): _number(item, whole=whole) for name, item in value.items()}
+    return value
+
+
+def named_values(
+    values: Sequence[float | None] | Mapping[str, float],
+    names: Sequence[str],
+    *,
+    groups: Sequence[str] = (),
+    spelling: Callable[[str], str] = str.lower,
+) -> dict[str, float | None]:
+    """Give each name its value, of those that :func:`read_values` read.
+
+    Args:
+        values: They.
+        names: The names, in order.
+        groups: Words that mean every name that begins with them.
+        spelling: Turns what was given into the spelling of ``names``.
+
+    Returns:
+        The value of each name, None where nothing was said; where several fit, the last counts.
+
+    Raises:
+        ValueError: If they are not as many as the names, or there is no such name; with the names
+            that are close.
+    """
+    if not isinstance(values, Mapping):
+        if len(values) != len(names):
+            raise ValueError(
+                f"{len(values)} values, expected {len(names)}, one for each of {', '.join(names)}"
+            )
+        return dict(zip(names, values, strict=True))
+    found: dict[str, float | None] = dict.fromkeys(names)
+    for name, number in values.items():
+        for index in _positions(spelling(name), names, groups):
+            found[names[index]] = number
+    return found
 
 
 def _number(item: object, *, whole: bool) -> float:

@@ -392,6 +392,10 @@ class Model(Component):
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
 
+    def block_names(self) -> Sequence[str]:
+        """Name the denoiser's blocks for which users give values one by one, in their order."""
+        return ()
+
     def predicts(self) -> PredictionType | None:
         """Give what the denoiser predicts; None if that cannot be told before it is loaded."""
         return None

@@ -9,6 +9,7 @@ from sdxl_lora_plugins.networks.block_network import (
     CONVOLUTION_RANKS,
     RANKS_BY_BLOCK,
     BlockNetwork,
+    asks,
 )
 from sdxl_train import Field, Network, Problem
 
@@ -124,12 +125,7 @@ class Lokr(BlockNetwork):
             if self.decompose_both:
                 yield "decompose_both", "contradicts full_matrix", remedy
             for option in ("network_dim", "network_alpha", *CONVOLUTION_RANKS, *RANKS_BY_BLOCK):
-                if _asks(getattr(self, option)):
+                if asks(getattr(self, option)):
                     yield option, "has no effect with full_matrix, which has no rank", remedy
             if any(rule.dim or rule.alpha for rule in self.rules or ()):
                 yield "rules", "dim and alpha have no effect with full_matrix", "leave them out"
-
-
-def _asks(value: object) -> bool:
-    """Tell whether a value is more than nothing, or than leaving layers out."""
-    return any(value) if isinstance(value, list) else bool(value)

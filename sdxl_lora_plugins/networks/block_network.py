@@ -6,19 +6,18 @@ import logging
 from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_lora_plugins.networks.blocks import (
-    BLOCKS,
-    NUM_DOWN,
-    NUM_MID,
     BlockAlphas,
+    BlockFactors,
     BlockRanks,
-    NineFactors,
-    ThreeFactors,
+    MiddleFactors,
+    factors_by_block,
+    values_by_block,
 )
 from sdxl_lora_plugins.networks.rules import Rules  # noqa: TC001 - pydantic reads the annotations
 from sdxl_train import Field, LimitedNetwork, Network, Problem, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from sdxl_train import RunConfig
 
@@ -26,9 +25,11 @@ _log = logging.getLogger(__name__)
 
 DEFAULT_RANK = 4
 """sd-scripts' rank where none is given."""
-RATES_BY_BLOCK = ("down_lr_weight", "mid_lr_weight", "up_lr_weight")
+RATES_BY_BLOCK = {"down_lr_weight": "input", "mid_lr_weight": "middle", "up_lr_weight": "output"}
+"""Options with factors of learning rates, by the words that their blocks begin with."""
 CONVOLUTION_RANKS = ("conv_dim", "conv_alpha")
 RANKS_BY_BLOCK = ("block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas")
+VALUES_BY_BLOCK = (*RANKS_BY_BLOCK, *RATES_BY_BLOCK)
 
 
 class BlockNetwork(LimitedNetwork):
@@ -59,11 +60,11 @@ class BlockNetwork(LimitedNetwork):
     )
     block_dims: BlockRanks | None = Field(
         None,
-        description="Rank of each of the 23 blocks of the U-Net, or of named ones: "
+        description="Rank of each block of the U-Net (SDXL has 23), or of named ones: "
         "input_4=8,middle=16,output_*=4; 0 leaves a block out.",
     )
     block_alphas: BlockAlphas | None = Field(
-        None, description="Alpha of each of the 23 blocks; 0 means the rank."
+        None, description="Alpha of each block of the U-Net; 0 means the rank."
     )
     conv_block_dims: BlockRanks | None = Field(
         None, description="Like block_dims, for convolutions larger than 1x1."
@@ -71,17 +72,17 @@ class BlockNetwork(LimitedNetwork):
     conv_block_alphas: BlockAlphas | None = Field(
         None, description="Like block_alphas, for convolutions larger than 1x1."
     )
-    down_lr_weight: NineFactors | None = Field(
+    down_lr_weight: BlockFactors | None = Field(
         None,
-        description="Factors of the learning rate for the 9 blocks down: numbers, missing ones "
+        description="Factors of the learning rate for the blocks down: numbers, missing ones "
         "are 1, or cosine, sine, linear, reverse_linear or zeros, with +X to add to all. "
         "0 leaves a block out.",
     )
-    mid_lr_weight: ThreeFactors | None = Field(
-        None, description="Factors for the 3 blocks in the middle: numbers, missing ones are 1."
+    mid_lr_weight: MiddleFactors | None = Field(
+        None, description="Factors for the blocks in the middle: numbers, missing ones are 1."
     )
-    up_lr_weight: NineFactors | None = Field(
-        None, description="Factors for the 9 blocks up, as in down_lr_weight."
+    up_lr_weight: BlockFactors | None = Field(
+        None, description="Factors for the blocks up, as in down_lr_weight."
     )
     block_lr_zero_threshold: float = Field(
         0.0, ge=0, description="Factors up to this one count as 0."
@@ -114,45 +115,42 @@ class BlockNetwork(LimitedNetwork):
     @property
     def adapts_convolutions(self) -> bool:
         """Whether resnets, downsamplers and upsamplers are adapted."""
-        return bool(self.conv_rank or any(self.conv_block_dims or ()))
+        return bool(self.conv_rank or asks(self.conv_block_dims))
 
     @property
     def has_lr_by_block(self) -> bool:
         """Whether blocks have learning rates of their own."""
         return any(getattr(self, name) is not None for name in RATES_BY_BLOCK)
 
-    def rank_and_alpha(self, block: int | None, *, has_kernel: bool) -> tuple[int, float]:
+    def by_block(self, names: Sequence[str]) -> ValuesByBlock:
+        """Give what the options say of each block of a U-Net, or of a part without blocks.
+
+        Raises:
+            ValueError: If they are about other blocks.
+        """
+        return ValuesByBlock(self, names, options=VALUES_BY_BLOCK if names else ())
+
+    def rank_and_alpha(
+        self, block: str | None, values: ValuesByBlock, *, has_kernel: bool
+    ) -> tuple[int, float]:
         """Give rank, 0 for none, and alpha, 0 for the rank, of a layer.
 
         Args:
-            block: Index of its block of the U-Net; None for text encoders.
+            block: Its block of the U-Net; None for text encoders, and for layers in no block.
+            values: What the options say of blocks.
             has_kernel: Whether it is a convolution larger than 1x1.
         """
-        ranks, alphas = self.block_dims, self.block_alphas
         rank, alpha = self.rank, self.network_alpha
         if has_kernel:
-            ranks, alphas, rank = self.conv_block_dims, self.conv_block_alphas, self.conv_rank
+            rank = self.conv_rank
             default = self.network_alpha if self.convolutional else 1.0
             alpha = default if self.conv_alpha is None else self.conv_alpha
-        if block is None:
-            return rank, alpha
-        own_rank = ranks[block] if ranks else None
-        own_alpha = alphas[block] if alphas else None
-        return (rank if own_rank is None else own_rank, alpha if own_alpha is None else own_alpha)
-
-    def lr_factor(self, block: int | None) -> float:
-        """Give the factor of the learning rate of a block; 0 leaves it out."""
-        if block is None or block in (0, len(BLOCKS) - 1):
-            return 1.0
-        first_up = 1 + NUM_DOWN + NUM_MID
-        if block < 1 + NUM_DOWN:
-            factors, position = self.down_lr_weight, block - 1
-        elif block < first_up:
-            factors, position = self.mid_lr_weight, block - 1 - NUM_DOWN
-        else:
-            factors, position = self.up_lr_weight, block - first_up
-        factor = factors[position] if factors else 1.0
-        return 0.0 if factor <= self.block_lr_zero_threshold else factor
+        own_rank = values.get("conv_block_dims" if has_kernel else "block_dims", block)
+        own_alpha = values.get("conv_block_alphas" if has_kernel else "block_alphas", block)
+        return (
+            rank if own_rank is None else int(own_rank),
+            alpha if own_alpha is None else own_alpha,
+        )
 
     def plus_ratio(self, *, is_denoiser: bool) -> float | None:
         """Give how much faster the second factors of a part train; None for no difference."""
@@ -170,11 +168,25 @@ class BlockNetwork(LimitedNetwork):
                 message="there is no file to take ranks from",
                 remedy="name one with --network_weights",
             )
+        yield from self._block_problems(config)
         for option, message, remedy in self._idle():
             if option in self.model_fields_set:
                 is_flag = option in Network.model_fields
                 place = config.place(option if is_flag else f"network_args.{option}")
                 yield Problem(place=place, message=message, remedy=remedy)
+
+    def _block_problems(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield values by block that are not for the blocks of this run's model."""
+        for option in VALUES_BY_BLOCK:
+            if getattr(self, option) is None:
+                continue
+            names = config.model.block_names()
+            try:
+                ValuesByBlock(self, names, options=[option])
+            except ValueError as error:
+                place = config.place(f"network_args.{option}")
+                message = str(error) if names else "the base model's denoiser has no blocks"
+                yield Problem(place=place, message=message)
 
     def remarks(self, config: RunConfig) -> Iterator[str]:
         """Say that the file decides on ranks."""
@@ -194,7 +206,7 @@ class BlockNetwork(LimitedNetwork):
             UserError: With every one of them.
         """
         remedy = "leave it out, or train that part"
-        idle = [] if denoiser else [*RANKS_BY_BLOCK, *RATES_BY_BLOCK]
+        idle = () if denoiser else VALUES_BY_BLOCK
         problems = [
             Problem(
                 place=f"--network_args {name}",
@@ -228,3 +240,51 @@ class BlockNetwork(LimitedNetwork):
         if not self.has_lr_by_block:
             remedy = f"set one of {', '.join(RATES_BY_BLOCK)}"
             yield "block_lr_zero_threshold", "has no effect without rates by block", remedy
+
+
+class ValuesByBlock:
+    """What the options of a network say of each block of a U-Net.
+
+    Args:
+        network: The options.
+        names: The blocks, in order.
+        options: Those that are looked at.
+
+    Raises:
+        ValueError: If they are about other blocks.
+    """
+
+    def __init__(
+        self, network: BlockNetwork, names: Sequence[str], *, options: Collection[str]
+    ) -> None:
+        self.names = tuple(names)
+        self._threshold = network.block_lr_zero_threshold
+        self._values: dict[str, dict[str, float | None]] = {}
+        groups = tuple(RATES_BY_BLOCK.values())
+        self._factors = {name: 1.0 for name in names if name.startswith(groups)}
+        for option in options:
+            value = getattr(network, option)
+            if value is None:
+                continue
+            if option in RATES_BY_BLOCK:
+                self._factors |= factors_by_block(value, names, RATES_BY_BLOCK[option])
+            else:
+                self._values[option] = values_by_block(value, names)
+
+    def get(self, option: str, block: str | None) -> float | None:
+        """Give the value of a block; None where nothing was said of it."""
+        return None if block is None else self._values.get(option, {}).get(block)
+
+    def lr_factor(self, block: str | None) -> float:
+        """Give the factor of the learning rate of a block; 0 leaves it out."""
+        if block is None or block not in self._factors:
+            return 1.0
+        factor = self._factors[block]
+        return 0.0 if factor <= self._threshold else factor
+
+
+def asks(value: object) -> bool:
+    """Tell whether a value is more than nothing, or than leaving layers out."""
+    if isinstance(value, dict):
+        return any(value.values())
+    return any(value) if isinstance(value, list) else bool(value)

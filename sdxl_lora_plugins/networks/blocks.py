@@ -1,7 +1,7 @@
-"""The 23 blocks of SDXL's U-Net, and values that are given block by block.
+"""Values that are given block by block of the U-Net.
 
-The order is sd-scripts': blocks down, in the middle and up, between two stems. The names are SGM's,
-as in files, so a block is known from the name of a layer alone.
+Which blocks there are, and in which order, is the base model's to say: blocks down, in the middle
+and up, as ``input_4``, ``middle_1`` or ``output_0``, perhaps between stems that have other names.
 """
 
 from __future__ import annotations
@@ -11,28 +11,14 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
-from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, WithJsonSchema
 
-from sdxl_train import Field, named_values
+from sdxl_train import Field, named_values, read_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
-NUM_DOWN: Final = 9
-NUM_MID: Final = 3
-NUM_UP: Final = 9
-BLOCKS: Final = (
-    "time_embed",
-    *(f"input_blocks.{index}" for index in range(NUM_DOWN)),
-    *(f"middle_block.{index}" for index in range(NUM_MID)),
-    *(f"output_blocks.{index}" for index in range(NUM_UP)),
-    "out",
-)
-_OFFSETS: Final = {
-    "input_blocks": 1,
-    "middle_block": 1 + NUM_DOWN,
-    "output_blocks": 1 + NUM_DOWN + NUM_MID,
-}
+_GROUPS: Final = ("input", "middle", "output")
 _SHAPES: Final[dict[str, Callable[[float], float]]] = {
     "sine": lambda depth: math.sin(math.pi / 2 * depth),
     # Of the reversed sine, so that it ends in 0 and not in the rounding of pi.
@@ -43,24 +29,40 @@ _SHAPES: Final[dict[str, Callable[[float], float]]] = {
 }
 
 
-def block_of(file_name: str) -> int | None:
-    """Give the index of the block that a layer is in, by its name in files without the prefix.
+def values_by_block(
+    values: Sequence[float | None] | Mapping[str, float], names: Sequence[str]
+) -> dict[str, float | None]:
+    """Give each block its value, None where nothing was said of it.
 
-    None means that it is not in the U-Net.
+    Raises:
+        ValueError: If they are not as many as the blocks, or there is no such block.
     """
-    match = re.match(r"(input_blocks|middle_block|output_blocks)_(\d+)_", file_name)
-    if match:
-        return _OFFSETS[match[1]] + int(match[2])
-    if file_name.startswith(("time_embed_", "label_emb_")):
-        return 0
-    return len(BLOCKS) - 1 if file_name.startswith("out_") else None
+    try:
+        return named_values(values, names, groups=_GROUPS, spelling=_plain)
+    except ValueError as error:
+        named = "; or name blocks, as in input_4=8,middle=16,output_*=4"
+        hint = "" if isinstance(values, dict) or not names else named
+        raise ValueError(f"{error}{hint}") from None
 
 
-def _by_block(value: object, *, whole: bool) -> object:
-    """Read a value for each block, or those of named ones: ``input_4=8,output_*=4``."""
-    names = [_plain(block) for block in BLOCKS]
-    groups = ("input", "middle", "output")
-    return named_values(value, names, whole=whole, groups=groups, spelling=_plain)
+def factors_by_block(
+    value: str | list[float], names: Sequence[str], group: str
+) -> dict[str, float]:
+    """Give each block of a group its factor: numbers, missing ones 1, or the name of a shape.
+
+    Raises:
+        ValueError: If there are more of them than blocks.
+    """
+    own = [name for name in names if name.startswith(group)]
+    if isinstance(value, str):
+        name, _, base = value.partition("+")
+        last = max(len(own) - 1, 1)
+        values = [_SHAPES[name](index / last) + float(base or 0) for index in range(len(own))]
+    else:
+        values = value
+    if len(values) > len(own):
+        raise ValueError(f"{len(values)} values for {len(own)} blocks")
+    return dict(zip(own, [*values, *[1.0] * (len(own) - len(values))], strict=True))
 
 
 def _plain(name: str) -> str:
@@ -68,69 +70,46 @@ def _plain(name: str) -> str:
     return name.lower().replace(".", "_").replace("_blocks", "").replace("_block", "")
 
 
-def _one_for_each(values: list[float | None]) -> list[float | None]:
-    if len(values) != len(BLOCKS):
-        raise ValueError(
-            f"{len(values)} values, expected {len(BLOCKS)}, one for each of {', '.join(BLOCKS)}; "
-            "or name blocks, as in input_4=8,middle=16,output_*=4"
-        )
-    return values
-
-
-def _read_factors(value: object, count: int, shapes: tuple[str, ...]) -> object:
+def _read_factors(value: object, *, shapes: Sequence[str]) -> object:
     """Read numbers, an empty one as 0, or the name of a shape and what to add to it."""
-    values: object = value
     if isinstance(value, str):
-        name, _, base = value.replace(" ", "").partition("+")
+        text = value.replace(" ", "")
+        name, _, base = text.partition("+")
+        if name in shapes and re.fullmatch(r"([0-9]*\.?[0-9]*)?", base):
+            return text
         try:
-            if name in shapes:
-                shape = _SHAPES[name]
-                values = [shape(i / (count - 1)) + float(base or 0) for i in range(count)]
-            else:
-                values = [float(item) if item.strip() else 0.0 for item in value.split(",")]
+            return [float(item) if item.strip() else 0.0 for item in value.split(",")]
         except ValueError:
             named = f", nor one of {', '.join(shapes)} with +NUMBER behind it" if shapes else ""
             raise ValueError(f"'{value}' is no list of numbers{named}") from None
-    elif isinstance(value, (int, float)):
-        values = [value]
-    if isinstance(values, list):
-        if len(values) > count:
-            raise ValueError(f"{len(values)} values for {count} blocks")
-        return values + [1.0] * (count - len(values))
-    return values
+    return [value] if isinstance(value, (int, float)) else value
 
 
 _TEXT = WithJsonSchema({"type": "string"}, mode="serialization")
 _Written = str | float | list[float | str | None] | dict[str, float | str]
 BlockRanks = Annotated[
-    list[int | None],
-    BeforeValidator(partial(_by_block, whole=True), json_schema_input_type=_Written),
-    AfterValidator(_one_for_each),
+    list[int | None] | dict[str, int],
+    BeforeValidator(partial(read_values, whole=True), json_schema_input_type=_Written),
     _TEXT,
 ]
-"""A rank for each block; 0 leaves the block out, None stands for the network's own rank."""
+"""A rank for each block, or for named ones; 0 leaves a block out, None stands for the network's."""
 BlockAlphas = Annotated[
-    list[float | None],
-    BeforeValidator(partial(_by_block, whole=False), json_schema_input_type=_Written),
-    AfterValidator(_one_for_each),
+    list[float | None] | dict[str, float],
+    BeforeValidator(partial(read_values, whole=False), json_schema_input_type=_Written),
     _TEXT,
 ]
-"""An alpha for each block; 0 means the rank, None stands for the network's own alpha."""
+"""An alpha for each block, or for named ones; 0 means the rank, None stands for the network's."""
 
 _Factors = list[Annotated[float, Field(ge=0)]]
-NineFactors = Annotated[
-    _Factors,
-    BeforeValidator(
-        lambda value: _read_factors(value, 9, tuple(_SHAPES)), json_schema_input_type=_Written
-    ),
+BlockFactors = Annotated[
+    str | _Factors,
+    BeforeValidator(partial(_read_factors, shapes=tuple(_SHAPES)), json_schema_input_type=_Written),
     _TEXT,
 ]
-"""Nine factors: numbers, missing ones 1, or a shape such as ``cosine`` or ``linear+.25``."""
-ThreeFactors = Annotated[
+"""Factors for the blocks of a half: numbers, or a shape such as ``cosine`` or ``linear+.25``."""
+MiddleFactors = Annotated[
     _Factors,
-    BeforeValidator(
-        lambda value: _read_factors(value, NUM_MID, ()), json_schema_input_type=_Written
-    ),
+    BeforeValidator(partial(_read_factors, shapes=()), json_schema_input_type=_Written),
     _TEXT,
 ]
-"""Three factors; missing ones are 1."""
+"""Factors for the blocks in the middle."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sdxl_lora_plugins.networks.blocks import block_of
 from sdxl_lora_plugins.networks.rules import last_match, require_matches
 from sdxl_train.ldm import algorithm_of, rank_of
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_lora_plugins.networks import BlockNetwork
+    from sdxl_lora_plugins.networks.block_network import ValuesByBlock
     from sdxl_train import LoadedModel, Part
 
 ATTENTION_BLOCKS = frozenset({"Transformer2DModel", "CLIPAttention", "CLIPMLP"})
@@ -62,11 +62,21 @@ def targets(model: LoadedModel, options: BlockNetwork) -> Iterator[Target]:
         stored = ranks_and_alphas(model.read_network(options.network_weights))
     classes = ATTENTION_BLOCKS | (CONVOLUTION_BLOCKS if options.adapts_convolutions else set())
     for part in model.parts:
+        values = options.by_block(tuple(part.blocks))
+        block_of = {path: block for block, paths in part.blocks.items() for path in paths}
         for path, layer in part.module.named_modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 standard = _is_inside(part.module, path, classes)
-                name = part.file_names[path]
-                target = _target(part, name, layer, options, stored, standard=standard)
+                target = _target(
+                    part,
+                    part.file_names[path],
+                    layer,
+                    options,
+                    stored,
+                    block=block_of.get(path),
+                    values=values,
+                    standard=standard,
+                )
                 if target is not None:
                     yield target
 
@@ -115,6 +125,8 @@ def _target(
     options: BlockNetwork,
     stored: Mapping[str, tuple[int, float]] | None,
     *,
+    block: str | None,
+    values: ValuesByBlock,
     standard: bool,
 ) -> Target | None:
     """Give how a layer is adapted; None if it is not.
@@ -125,18 +137,21 @@ def _target(
         layer: The layer.
         options: What is asked for.
         stored: Rank and alpha of the layers of a file, if that decides on them.
+        block: The block that it is in, if any.
+        values: What the options say of blocks.
         standard: Whether its class is one that is adapted where no rule says otherwise.
     """
-    block, name = block_of(file_name), f"{part.prefix}_{file_name}"
+    name = f"{part.prefix}_{file_name}"
     has_kernel = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
     if stored is None:
-        rank, alpha = options.rank_and_alpha(block, has_kernel=has_kernel)
+        rank, alpha = options.rank_and_alpha(block, values, has_kernel=has_kernel)
     else:
         rank, alpha = stored.get(name, (0, 0.0))
         standard = bool(rank)
-    factor, lr = options.lr_factor(block), part.lr
-    by_block = block is not None and options.has_lr_by_block
-    group = f"{part.group}_block{block}" if by_block else part.group
+    factor, lr = values.lr_factor(block), part.lr
+    group = part.group
+    if block is not None and options.has_lr_by_block:
+        group = f"{part.group}_block{values.names.index(block)}"
     index = last_match(options.rules or (), name)
     if index is not None:
         rule = (options.rules or ())[index]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from sdxl_lora_plugins.model import SDXL
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
-from sdxl_lora_plugins.networks.blocks import BLOCKS
 from sdxl_lora_plugins.networks.lokr import split
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def complaints(network: Network) -> dict[str, str]:
-    config: Any = SimpleNamespace(place=lambda name: f"--{name}")
+    model = SimpleNamespace(block_names=lambda: SDXL.blocks)
+    config: Any = SimpleNamespace(place=lambda name: f"--{name}", model=model)
     return {problem.place: problem.message for problem in network.check(config)}
 
 
@@ -31,30 +32,39 @@ def test_factors_by_block_equal_the_golden_ones(case: str, golden: Callable[[str
     if "block_lr_zero_threshold" in args:
         args["block_lr_zero_threshold"] = float(args["block_lr_zero_threshold"])
     network = Lora(**args)
-    assert [network.lr_factor(block) for block in range(23)] == pytest.approx(entry["out"])
+    values = network.by_block(SDXL.blocks)
+    assert [values.lr_factor(block) for block in SDXL.blocks] == pytest.approx(entry["out"])
 
 
 def test_empty_factor_is_0_and_a_bare_number_is_the_first() -> None:
     network = Lora(down_lr_weight=cast("Any", "0.5"), up_lr_weight=cast("Any", ",2"))
-    assert network.down_lr_weight == [0.5, *[1.0] * 8]
-    assert network.up_lr_weight == [0, 2, *[1.0] * 7]
+    values = network.by_block(SDXL.blocks)
+    factors = [values.lr_factor(block) for block in SDXL.blocks]
+    assert factors[1:10] == [0.5, *[1.0] * 8]
+    assert factors[13:22] == [0, 2, *[1.0] * 7]
 
 
 @pytest.mark.parametrize("name", ["block_dims", "block_alphas", "conv_block_dims"])
 def test_wrong_count_lists_the_23_blocks(name: str) -> None:
-    with pytest.raises(ValueError, match="3 values, expected 23") as caught:
-        Lora(**{name: [1, 2, 3]})
-    assert len(BLOCKS) == 23
-    assert all(block in str(caught.value) for block in BLOCKS)
+    network = Lora(**cast("Any", {"conv_dim": 2, name: [1, 2, 3]}))
+    (message,) = complaints(network).values()
+    assert message.startswith("3 values, expected 23, one for each of")
+    assert len(SDXL.blocks) == 23
+    assert all(block in message for block in SDXL.blocks)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("cosin", "nor one of sine, cosine"), ("1,x", "no list of numbers"), ("1," * 10, "9 blocks")],
+    [("cosin", "nor one of sine, cosine"), ("1,x", "no list of numbers"), ("sine+x", "NUMBER")],
 )
 def test_wrong_factors_are_refused(value: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lora(down_lr_weight=cast("Any", value))
+
+
+def test_more_factors_than_blocks_are_refused() -> None:
+    network = Lora(down_lr_weight=[1.0] * 10)
+    assert complaints(network) == {"--network_args.down_lr_weight": "10 values for 9 blocks"}
 
 
 def test_options_without_effect_are_refused() -> None:

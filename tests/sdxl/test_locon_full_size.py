@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from sdxl_lora_plugins.model import SDXL
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
-from sdxl_lora_plugins.networks.blocks import block_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,9 +49,13 @@ def test_block_index_of_every_module_equals_the_golden_one(
     attach_full_size: Callable[..., Assembly], golden: Callable[[str], Any]
 ) -> None:
     indices = golden("block_dims")["block_index"]
-    for name, expected in indices.items():
-        file_name = name.removeprefix("lora_unet_").removeprefix("lora_te1_")
-        assert block_of(file_name.removeprefix("lora_te2_")) == expected
+    found = {
+        f"{part.prefix}_{part.file_names[path]}": SDXL.blocks.index(block)
+        for part in attach_full_size(Lora()).model.parts
+        for block, paths in part.blocks.items()
+        for path in paths
+    }
+    assert {name: found.get(name) for name in indices} == indices
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from sdxl_lora_plugins.model import SDXL
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
-from sdxl_lora_plugins.networks.blocks import BLOCKS
 from sdxl_train import UserError
 
 if TYPE_CHECKING:
@@ -104,16 +104,15 @@ def test_blocks_go_by_name_group_and_glob() -> None:
         network_dim=32,
         network_alpha=7,
     )
-    by_name = {
-        name: network.rank_and_alpha(index, has_kernel=False) for index, name in enumerate(BLOCKS)
-    }
-    assert by_name["input_blocks.4"] == (8, 7)
-    assert by_name["input_blocks.5"] == (32, 7)
-    assert by_name["middle_block.0"] == (16, 7)
-    assert by_name["middle_block.1"] == (16, 3.5)
-    assert by_name["output_blocks.2"] == (2, 7)
-    assert {by_name[f"output_blocks.{i}"] for i in (0, 1, 3, 4, 5, 6, 7, 8)} == {(4, 7)}
-    assert network.rank_and_alpha(None, has_kernel=False) == (32, 7)
+    values = network.by_block(SDXL.blocks)
+    by_name = {name: network.rank_and_alpha(name, values, has_kernel=False) for name in SDXL.blocks}
+    assert by_name["input_4"] == (8, 7)
+    assert by_name["input_5"] == (32, 7)
+    assert by_name["middle_0"] == (16, 7)
+    assert by_name["middle_1"] == (16, 3.5)
+    assert by_name["output_2"] == (2, 7)
+    assert {by_name[f"output_{i}"] for i in (0, 1, 3, 4, 5, 6, 7, 8)} == {(4, 7)}
+    assert network.rank_and_alpha(None, values, has_kernel=False) == (32, 7)
 
 
 @pytest.mark.parametrize(
@@ -129,8 +128,8 @@ def test_blocks_go_by_name_group_and_glob() -> None:
     ],
 )
 def test_wrong_blocks_are_refused(value: str, message: str) -> None:
-    with pytest.raises(ValidationError) as caught:
-        Lora(block_dims=cast("Any", value))
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is a parameter
+        Lora(block_dims=cast("Any", value)).by_block(SDXL.blocks)
     assert message in str(caught.value)
 
 
@@ -214,7 +213,8 @@ def _delta(keys: dict[str, Tensor]) -> Tensor:
 def test_rank_options_are_refused_with_a_full_matrix() -> None:
     from types import SimpleNamespace
 
-    config: Any = SimpleNamespace(place=lambda name: f"--{name}")
+    model = SimpleNamespace(block_names=lambda: SDXL.blocks)
+    config: Any = SimpleNamespace(place=lambda name: f"--{name}", model=model)
     network = Lokr(full_matrix=True, network_dim=8, conv_dim=0, block_dims=[4] * 23)
     assert {problem.place for problem in network.check(config)} == {
         "--network_dim",

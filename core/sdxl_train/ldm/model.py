@@ -18,7 +18,7 @@ from sdxl_train.ldm.memory import MemoryOptions
 from sdxl_train.ldm.prediction import Said, said_by
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import device, dtype
 
@@ -120,6 +120,10 @@ class LdmModel(MemoryOptions):
             yield from _problems(place, faults)
         if self.vae is not None and not (vae := sources.locate(self.vae)).downloadable:
             yield from _problems(config.place("vae"), sources.vae_faults(vae, self.family))
+
+    def block_names(self) -> Sequence[str]:
+        """Name the U-Net's blocks in the order in which users give values by block."""
+        return self.family.blocks
 
     def predicts(self) -> PredictionType | None:
         """Give what the U-Net predicts: by the option, else by what the model says of itself."""

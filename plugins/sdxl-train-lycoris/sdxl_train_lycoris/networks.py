@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator
 
 from sdxl_train import Field
+from sdxl_train_lycoris.blocks import plain_values
 from sdxl_train_lycoris.options import (
     DoraOptions,
     FactorOptions,
@@ -151,11 +152,11 @@ class Dylora(ScaledOptions):
     def faults(self) -> Iterator[Fault]:
         """Yield the ranks that are no multiple of the block's size."""
         yield from super().faults()
-        ranks: list[tuple[str, Sequence[int | None]]] = [
+        ranks: list[tuple[str, Sequence[float | None]]] = [
             ("network_dim", [self.rank]),
             ("conv_dim", [self.conv_rank]),
-            ("block_dims", self.block_dims or []),
-            ("conv_block_dims", self.conv_block_dims or []),
+            ("block_dims", plain_values(self.block_dims)),
+            ("conv_block_dims", plain_values(self.conv_block_dims)),
         ]
         for option, values in ranks:
             if odd := sorted({rank for rank in values if rank and rank % self.block_size}):

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from sdxl_train import Field, LimitedNetwork, Problem, UserError, quiet
-from sdxl_train_lycoris.blocks import BlockAlphas, BlockRanks, absent_blocks
+from sdxl_train_lycoris.blocks import (
+    BlockAlphas,
+    BlockRanks,
+    absent_blocks,
+    plain_values,
+    values_by_block,
+)
 from sdxl_train_lycoris.presets import LINEAR_PRESETS, Preset, read_preset
 
 if TYPE_CHECKING:
@@ -103,7 +109,7 @@ class LycorisNetwork(LimitedNetwork):
     def args(self) -> str:
         """Give the algorithm and what was set, as JSON of strings, as ``ss_network_args``."""
         own = {
-            name: str(getattr(self, name))
+            name: _written(getattr(self, name))
             for name in sorted(self.model_fields_set)
             if not _is_flag(name)
         }
@@ -206,7 +212,7 @@ class RankOptions(LycorisNetwork):
     )
     block_dims: BlockRanks | None = Field(
         None,
-        description="Rank of each of the 23 blocks of the U-Net (25 values: of SD 1.x), or of "
+        description="Rank of each block of the U-Net (23 of SDXL; 25 values: of SD 1.x), or of "
         "named ones: input_4=8,middle=16,output_*=4; 0 leaves a block out.",
     )
     conv_block_dims: BlockRanks | None = Field(
@@ -221,14 +227,32 @@ class RankOptions(LycorisNetwork):
         """Rank of larger convolutions; 0 leaves them out."""
         return self.rank if self.conv_dim is None else self.conv_dim
 
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what is wrong, values for blocks among it that the base model does not have."""
+        yield from super().check(config)
+        for option in self.block_options:
+            values = getattr(self, option)
+            if values is None:
+                continue
+            place, names = config.place(f"network_args.{option}"), config.model.block_names()
+            if not names:
+                message = "the base model's denoiser has no blocks"
+                yield Problem(place=place, message=message, remedy="leave it out")
+                continue
+            try:
+                values_by_block(values, names)
+            except ValueError as error:
+                yield Problem(place=place, message=str(error))
+
     def remarks(self, config: RunConfig) -> Iterator[str]:
-        """Yield what has no effect: the blocks of SD 1.x that SDXL lacks."""
+        """Yield what has no effect: the blocks of SD 1.x that the base model lacks."""
         yield from super().remarks(config)
         for option in self.block_options:
-            if absent := absent_blocks(getattr(self, option)):
+            values = getattr(self, option)
+            if values and (absent := absent_blocks(values, config.model.block_names())):
                 yield (
                     f"{config.place(f'network_args.{option}')}: 25 values are those of SD 1.x; "
-                    f"SDXL's U-Net has no {', '.join(absent)}, whose values have no effect"
+                    f"this U-Net has no {', '.join(absent)}, whose values have no effect"
                 )
 
     def faults(self) -> Iterator[Fault]:
@@ -237,7 +261,7 @@ class RankOptions(LycorisNetwork):
         options = [name for name in self.convolution_options if self._asks(name)]
         if self.preset in LINEAR_PRESETS or not self.layers.enable_conv:
             reason, remedy = f"preset {self.preset} leaves them out", "leave it out, or preset=full"
-        elif self.conv_dim == 0 and not any(self.conv_block_dims or ()):
+        elif self.conv_dim == 0 and not any(plain_values(self.conv_block_dims)):
             reason, remedy = "conv_dim=0 leaves them out", "leave it out, or conv_dim=4"
             options.remove("conv_dim")
         else:
@@ -377,6 +401,13 @@ class DoraOptions(FactorOptions):
                 "goes not with dropout: its delta scales the frozen weight too",
                 "use rank_dropout or module_dropout",
             )
+
+
+def _written(value: object) -> str:
+    """Give the value of an option as text that is read as the same."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items())
+    return str(value)
 
 
 def _is_flag(option: str) -> bool:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import nn
 
 from sdxl_train import UserError
-from sdxl_train_lycoris.blocks import block_of, value_of
+from sdxl_train_lycoris.blocks import values_by_block
 from sdxl_train_lycoris.options import RankOptions, ScaledOptions
 from sdxl_train_lycoris.overrides import overridden
 from sdxl_train_lycoris.presets import BUILTIN_PRESETS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -85,15 +85,15 @@ def targets(model: LoadedModel, options: LycorisNetwork) -> Iterator[Target]:
         _warn_of_idle(model, preset)
     for part in model.parts:
         is_denoiser = part.module is model.denoiser
+        block_of = {path: block for block, paths in part.blocks.items() for path in paths}
         for path, file_name in part.file_names.items():
             override = _override(part, path, preset, is_denoiser=is_denoiser)
             if override is None:
                 continue
             own = overridden(options, override) if override else options
             layer: Any = part.module.get_submodule(path)
-            block = block_of(file_name) if is_denoiser else None
             name = f"{part.prefix}_{file_name}"
-            found = _rank_and_alpha(layer, own, preset, block)
+            found = _rank_and_alpha(layer, own, preset, block_of.get(path), tuple(part.blocks))
             if found is not None and stored is not None and not isinstance(layer, _NORMS):
                 found = stored.get(name)
             if found is not None:
@@ -130,7 +130,11 @@ def _override(
 
 
 def _rank_and_alpha(
-    layer: Layer, options: LycorisNetwork, preset: Preset, block: str | None
+    layer: Layer,
+    options: LycorisNetwork,
+    preset: Preset,
+    block: str | None,
+    blocks: Sequence[str],
 ) -> tuple[int, float] | None:
     """Give rank and alpha of a layer; None to leave it out."""
     if isinstance(layer, _NORMS):
@@ -141,19 +145,29 @@ def _rank_and_alpha(
     if not isinstance(options, RankOptions):
         return 0, 0.0
     ranks = options.conv_block_dims if has_kernel else options.block_dims
-    rank = value_of(ranks, block)
+    rank = _value_of(ranks, block, blocks)
     if rank is None:
         rank = options.conv_rank if has_kernel else options.rank
     if not rank:
         return None
     if not isinstance(options, ScaledOptions):
         return int(rank), 0.0
-    alpha = value_of(options.conv_block_alphas if has_kernel else options.block_alphas, block)
+    alphas = options.conv_block_alphas if has_kernel else options.block_alphas
+    alpha = _value_of(alphas, block, blocks)
     if alpha is None:
         alpha = options.network_alpha
         if has_kernel and options.conv_alpha is not None:
             alpha = options.conv_alpha
     return int(rank), alpha
+
+
+def _value_of(
+    values: Sequence[float | None] | Mapping[str, float] | None,
+    block: str | None,
+    blocks: Sequence[str],
+) -> float | None:
+    """Give the value of a block; None where nothing was said of it."""
+    return None if block is None else values_by_block(values, blocks).get(block)
 
 
 def _require_use(model: LoadedModel, options: LycorisNetwork) -> None:

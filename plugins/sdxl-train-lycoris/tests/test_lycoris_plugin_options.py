@@ -20,9 +20,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+SDXL_BLOCKS = (
+    "time_embed",
+    *(f"input_{index}" for index in range(9)),
+    *(f"middle_{index}" for index in range(3)),
+    *(f"output_{index}" for index in range(9)),
+    "out",
+)
+
+
 def complaints(network: Any) -> dict[str, str]:
     """Give the complaints of the preflight by place."""
-    config: Any = SimpleNamespace(place=lambda name: f"--{name}")
+    model = SimpleNamespace(block_names=lambda: SDXL_BLOCKS)
+    config: Any = SimpleNamespace(place=lambda name: f"--{name}", model=model)
     return {problem.place: problem.message for problem in network.check(config)}
 
 
@@ -57,7 +67,7 @@ def test_presets_are_those_of_the_library() -> None:
     [
         {"block_size": 0},
         {"train_t5xxl": True},
-        {"block_dims": "1,2"},
+        {"block_dims": "1,x"},
         {"algo": "tlora"},
         {"constraint": -1},
         {"rank_dropout": 1.0},
@@ -123,17 +133,21 @@ def test_options_without_effect_are_refused(options: dict[str, Any], option: str
 
 def test_blocks_are_counted_as_23_or_as_the_25_of_sd1() -> None:
     said: list[str] = []
-    config: Any = SimpleNamespace(place=lambda name: f"--{name}", is_set=lambda name: False)
+    config: Any = SimpleNamespace(
+        place=lambda name: f"--{name}",
+        is_set=lambda name: False,
+        model=SimpleNamespace(block_names=lambda: SDXL_BLOCKS),
+    )
     for count in (23, 25):
         network = Lora(block_dims=[4] * count, block_alphas=",".join(["2"] * count))
         said = list(network.remarks(config))
         assert len(said) == (0 if count == 23 else 2)
     absent = "input_9, input_10, input_11, output_9, output_10, output_11"
     assert absent in said[0]
-    with pytest.raises(ValidationError, match="24 values, expected 23, one for each of time_embed"):
-        Lora(block_alphas=[1.0] * 24)
-    with pytest.raises(ValidationError, match="there is no 'midle'; close are middle"):
-        Lora(block_dims="midle=4")
+    (problem,) = Lora(block_alphas=[1.0] * 24).check(config)
+    assert "24 values, expected 23, one for each of time_embed" in problem.message
+    (problem,) = Lora(block_dims="midle=4").check(config)
+    assert "there is no 'midle'; close are middle" in problem.message
 
 
 def test_preset_file_is_checked(tmp_path: Path) -> None:

@@ -145,13 +145,13 @@ SD2: Final = Family(
 """Stable Diffusion 2.0 and 2.1, which predict noise (512) or velocity (768-v)."""
 
 TINY1: Final = TinyShape(
-    unet_widths=(32, 64, 64, 64),
+    unet_widths=(16, 32, 64, 64),
     depths=(1, 1, 1, 1),
     text_encoders=((16, 3),),
     linear_projection=False,
 )
 TINY2: Final = TinyShape(
-    unet_widths=(32, 64, 64, 64),
+    unet_widths=(16, 32, 64, 64),
     depths=(1, 1, 1, 1),
     text_encoders=((24, 3),),
     linear_projection=True,

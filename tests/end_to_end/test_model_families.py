@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from tests.end_to_end.conftest import CheckRun, MakeOptions, Planned, SameTensors, TrainLora
+    from tests.end_to_end.conftest import CheckRun, MakeOptions, SameTensors, TrainLora
 
 FAMILIES: dict[str, type[Sdxl | Sd1 | Sd2]] = {"sdxl": Sdxl, "sd1": Sd1, "sd2": Sd2}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -134,10 +134,13 @@ def test_clients_compute_what_training_did(
     require_same(bare, ours, in_parts(name, tiny(name), pipeline.unet, pipeline.text_encoder))
 
     model = load(name, tiny(name))
-    view = torch.nn.Module()
-    view.add_module("text_model", model.text_encoders[0])
-    network, tensors = create_network_from_weights(1.0, str(path), None, view, model.denoiser)
-    network.apply_to(view, model.denoiser, True, True)
+    text, unet = torch.nn.Module(), torch.nn.Module()
+    text.add_module("text_model", model.text_encoders[0])
+    (part,) = [part for part in model.parts if part.name == "unet"]
+    for layer, own in part.file_names.items():
+        unet.add_module(own, part.module.get_submodule(layer))
+    network, tensors = create_network_from_weights(1.0, str(path), None, text, unet)
+    network.apply_to(text, unet, True, True)
     taken = network.load_state_dict(tensors, strict=False)
     assert not [key for key in taken.missing_keys if not key.endswith(".scalar")]
     assert taken.unexpected_keys == []
@@ -217,7 +220,7 @@ def test_sd_scripts_switch_chooses_the_family_and_its_resolution(
     )
     plan = sdxl_train.plan(chosen).as_json()
 
-    assert plan["options"]["model_type"]["value"] == "sd:sd2"
+    assert plan["options"]["model_type"]["value"] == "sd2"
     assert [bucket["resolution"] for bucket in plan["dataset"]["buckets"]] == [[512, 512]]
     assert set(plan["modules"]) == {"unet", "te"}
 
@@ -282,25 +285,30 @@ def test_network_of_another_family_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("name", "flags", "message"),
+    ("name", "options", "message"),
     [
-        ("sd1", "--text_encoder_lr 1e-5 2e-5", "text_encoder_lr"),
-        ("sd1", "--text_encoder_lr1 1e-5", "is an option of model sdxl, which this run does not"),
-        ("sd1", "--v2", "is an option of model sd2, which this run does not use"),
-        ("sd2", "--v2 false", "contradicts model_type = sd2"),
-        ("sdxl", "--v2", "is an option of model sd2"),
-        ("sd1", "--network_args block_dims=1,2", "2 values, expected 25, one for each of input_0"),
-        ("sd1", "--network_args block_dims=time_embed=4", "there is no 'time_embed'"),
-        ("sdxl", "--network_args down_lr_weight=1,1,1,1,1,1,1,1,1,1", "10 values for 9 blocks"),
+        ("sd1", {"text_encoder_lr": [1e-5, 2e-5]}, "text_encoder_lr"),
+        ("sd1", {"text_encoder_lr1": 1e-5}, "is an option of model sdxl, which this run does not"),
+        ("sd1", {"v2": True}, "is an option of model sd2, which this run does not use"),
+        ("sd2", {"v2": False}, "contradicts model_type = sd2"),
+        ("sdxl", {"v2": True}, "is an option of model sd2"),
+        ("sd1", {"network_args": ["block_dims=1,2"]}, "2 values, expected 25, one for each of inp"),
+        ("sd1", {"network_args": ["block_dims=time_embed=4"]}, "there is no 'time_embed'"),
+        ("sdxl", {"network_args": [f"down_lr_weight={'1,' * 9}1"]}, "10 values for 9 blocks"),
     ],
 )
 def test_options_of_another_family_are_refused_in_one_line(
-    name: str, flags: str, message: str, planned: Planned, tiny: Callable[..., Path]
+    name: str,
+    options: dict[str, Any],
+    message: str,
+    check_run: CheckRun,
+    tiny: Callable[..., Path],
 ) -> None:
-    code, text = planned(flags, model_type=name, pretrained_model_name_or_path=str(tiny(name)))
+    problems, _ = check_run(
+        model_type=name, pretrained_model_name_or_path=str(tiny(name)), **options
+    )
 
-    assert code == 2
-    (problem,) = [line for line in text.splitlines() if line.startswith("  ")]
+    (problem,) = problems
     assert message in problem
 
 

@@ -10,6 +10,8 @@ from sdxl_train_sd.models import Sd1, Sd2
 if TYPE_CHECKING:
     from sdxl_train import Model
 
+__all__ = ["Sd1", "Sd2"]
+
 
 @hookimpl
 def register_models() -> dict[str, type[Model]]:

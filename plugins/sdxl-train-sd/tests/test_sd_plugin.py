@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ FAMILIES: dict[str, tuple[type[Sd1 | Sd2], Family, TinyShape]] = {
     "sd1": (Sd1, SD1, TINY1),
     "sd2": (Sd2, SD2, TINY2),
 }
-Write = "Callable[..., Path]"
+Write: TypeAlias = "Callable[..., Path]"
 
 
 class TestSd1(ModelContract):

@@ -285,7 +285,7 @@ def test_network_of_another_family_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "wrong", "message"),
     [
         ("sd1", {"text_encoder_lr": [1e-5, 2e-5]}, "text_encoder_lr"),
         ("sd1", {"text_encoder_lr1": 1e-5}, "is an option of model sdxl, which this run does not"),
@@ -299,14 +299,12 @@ def test_network_of_another_family_is_refused_in_one_line(
 )
 def test_options_of_another_family_are_refused_in_one_line(
     name: str,
-    options: dict[str, Any],
+    wrong: dict[str, Any],
     message: str,
     check_run: CheckRun,
     tiny: Callable[..., Path],
 ) -> None:
-    problems, _ = check_run(
-        model_type=name, pretrained_model_name_or_path=str(tiny(name)), **options
-    )
+    problems, _ = check_run(model_type=name, pretrained_model_name_or_path=str(tiny(name)), **wrong)
 
     (problem,) = problems
     assert message in problem

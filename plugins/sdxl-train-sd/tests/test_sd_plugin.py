@@ -19,6 +19,8 @@ from sdxl_train_sd import Sd1, Sd2
 from sdxl_train_sd.families import SD1, SD2, TINY1, TINY2
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sdxl_train.ldm import LoadedLdm
 
 FAMILIES: dict[str, tuple[type[Sd1 | Sd2], Family, TinyShape]] = {

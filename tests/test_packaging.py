@@ -38,7 +38,7 @@ def test_wheel_brings_types_vocabulary_and_licences(wheel: Path) -> None:
         names = archive.namelist()
     assert "sdxl_train/py.typed" in names
     assert "sdxl_lora_plugins/py.typed" in names
-    assert "sdxl_lora_plugins/model/tokenizer/bpe_simple_vocab_16e6.txt.gz" in names
+    assert "sdxl_train/ldm/tokenizer/bpe_simple_vocab_16e6.txt.gz" in names
     assert "sdxl_lora_plugins/commands/plugin_template/pyproject.toml.jinja" in names
     licences = {Path(name).name for name in names if ".dist-info/licenses/" in name}
     assert licences == {"LICENSE", "NOTICE"}

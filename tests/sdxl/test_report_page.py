@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "sample").mkdir()
     noise = random.Random(0)
     for step in range(60):
-        pixels = bytes(noise.randrange(256) for _ in range(64 * 64 * 3))
+        pixels = noise.randbytes(64 * 64 * 3)
         image = Image.frombytes("RGB", (64, 64), pixels).resize((512, 512))
         image.save(folder / "sample" / f"{step}.png", compress_level=1)
     Image.new("RGB", (32, 32), "teal").save(folder / "cat.png")

@@ -16,6 +16,7 @@ from sdxl_train.ldm import sources
 from sdxl_train.ldm.headers import BadFileError
 from sdxl_train.ldm.memory import MemoryOptions
 from sdxl_train.ldm.prediction import Said, said_by
+from sdxl_train.libraries import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -199,7 +200,9 @@ class LdmModel(MemoryOptions):
         """
         import torch
 
-        from sdxl_train.ldm.loading import load
+        # Which diffusers looks for, whether or not anything will use it.
+        with quiet("bitsandbytes"):
+            from sdxl_train.ldm.loading import load
 
         return load(self, torch.device(device), dtype)
 

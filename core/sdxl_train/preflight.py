@@ -391,6 +391,12 @@ def _remarks(config: RunConfig) -> Iterator[str]:
             f"--fused_backward_pass it limits each gradient by itself; 0 = off"
         )
     finds_rates = config.optimizer.single_lr or config.optimizer.brings_schedule()
+    for name in sorted(config.secrets()):
+        if (setting := config.settings.get(name)) and setting.origin == "command line":
+            yield (
+                f"{config.place(name)}: a secret on a command line stays in the shell's history, "
+                f"and others on this machine may see it; the environment is a better place"
+            )
     if not config.is_set("learning_rate") and not finds_rates:
         yield (
             f"--learning_rate is not set: sd-scripts' default of "

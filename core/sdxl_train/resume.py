@@ -17,6 +17,7 @@ from sdxl_train.state import (
     Manifest,
     complete_states,
     read_manifest,
+    run_name,
     states_nearby,
 )
 
@@ -109,6 +110,11 @@ class ResumePoint:
 
     folder: Path
     manifest: Manifest
+
+    @property
+    def record_path(self) -> Path:
+        """Where the record of the run lies that saved it, if it still lies beside its states."""
+        return self.folder.with_name(f"{run_name(self.folder)}.run.json")
 
 
 def find_resume_point(config: RunConfig, *, whole: bool) -> ResumePoint | None:

@@ -47,7 +47,7 @@ from sdxl_train.rng import Streams, derive_seed
 from sdxl_train.rounding import WideSteps
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
-from sdxl_train.state import load_observers
+from sdxl_train.state import load_observers, well_formed
 from sdxl_train.state_transfer import within_reach
 from sdxl_train.supply import Supply
 from sdxl_train.validation import (
@@ -96,7 +96,8 @@ class Run:
         resolution: The largest (width, height) that it trains at.
         history: The numbers of the steps so far.
         notes: What observers add to ``NAME.run.json``, each under a name of its own: plain JSON
-            values. A run that is resumed beside its record begins with those in it.
+            values. A run that goes on from a state with a record beside it begins with those.
+        earlier_folder: Where the state lies that it goes on from, with that record; None without.
         document: Gives what ``NAME.run.json`` would hold now.
         tell: Tells every observer of an event that happens in one:
             ``run.tell("images_sampled", run=run, images=...)``.
@@ -121,6 +122,7 @@ class Run:
     resolution: tuple[int, int]
     history: History
     notes: dict[str, Any]
+    earlier_folder: Path | None
     document: Callable[[], dict[str, Any]]
     tell: Callable[..., None]
     evaluation: Callable[[], AbstractContextManager[None]]
@@ -277,7 +279,8 @@ class Trainer:
             first_step=prepared.start,
             resolution=self._largest_resolution(),
             history=self.history,
-            notes=earlier_notes(self._record_path) if prepared.resume is not None else {},
+            notes=earlier_notes(prepared.resume.record_path) if prepared.resume else {},
+            earlier_folder=prepared.resume.folder.parent if prepared.resume else None,
             document=self.document,
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
             evaluation=evaluation.pause,
@@ -514,11 +517,12 @@ class Trainer:
         if self.config.training.reset_optimizer:
             return {}  # the weights only: the rest may be what is corrupt
         watched = load_observers(point.folder)
-        self.history.load_state_dict(watched["history"])
-        self._restored_averages = watched.get("averages", {})
-        results = watched["validations"]["results"]
-        self.result.validations = [ValidationResult.from_json(result) for result in results]
-        kept: Mapping[str, Mapping[str, Any]] = watched["observers"]
+        with well_formed(point.folder):
+            self.history.load_state_dict(watched["history"])
+            self._restored_averages = watched["averages"]
+            results = watched["validations"]["results"]
+            self.result.validations = [ValidationResult.from_json(result) for result in results]
+            kept: Mapping[str, Mapping[str, Any]] = watched["observers"]
         return kept
 
     def _watched(self) -> dict[str, dict[str, Any]]:

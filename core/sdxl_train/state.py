@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence  # noqa: TC003 - pydantic needs them
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from sdxl_train._version import __version__
-from sdxl_train.checkpoint import require_finite
+from sdxl_train.checkpoint import STEMS, require_finite
 from sdxl_train.disk import require_room
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.files import sync_folder
 from sdxl_train.packing import pack, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
     from torch import Tensor
     from torch.optim.lr_scheduler import LRScheduler
@@ -40,8 +43,7 @@ _DETAILS = "details.json"
 WEIGHT_FILES = (MANIFEST, _PARAMETERS)
 """What is read with ``--reset_optimizer``."""
 FILES = (*WEIGHT_FILES, _TENSORS, _DETAILS)
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-"""What content that was edited, or is of another program, raises where it is put to use."""
+_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _OTHER_STATE = "resume from another state, or take only the weights with --reset_optimizer"
 
 
@@ -121,6 +123,14 @@ def complete_states(folder: Path, stem: str | None = None) -> list[tuple[int, Pa
             except UserError:
                 continue
     return sorted(found)
+
+
+def run_name(folder: Path) -> str:
+    """Give the name of the files of the run that saved a state, by that of the state's folder."""
+    named = _FOLDER_NAME.fullmatch(folder.name)
+    name = re.sub(r"-(step\d{8}|\d{6})$", "", named[1]) if named else folder.name
+    # Without a name, each kind of file has one of its own; the record is of the last kind.
+    return STEMS["final"] if name in STEMS.values() else name
 
 
 def save_state(
@@ -211,16 +221,12 @@ def load_optimizer(
         UserError: If a file is corrupt, or of other parameters.
     """
     details = _read_details(folder)
-    try:
+    with well_formed(folder, "its optimizer state does not fit"):
         optimizer.load_state_dict(details["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(details["scheduler"])
         if scaler is not None and details["scaler"]:
             scaler.load_state_dict(details["scaler"])
-    except _MALFORMED as error:
-        raise UserError.of(
-            str(folder), f"its optimizer state does not fit: {error}", _OTHER_STATE
-        ) from error
 
 
 def load_observers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -229,18 +235,31 @@ def load_observers(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: If a file is corrupt.
     """
-    kept: dict[str, dict[str, Any]] = _read_details(folder).get("observers", {})
+    with well_formed(folder / _DETAILS):
+        kept: dict[str, dict[str, Any]] = _read_details(folder)["observers"]
     return kept
+
+
+@contextmanager
+def well_formed(place: Path, fault: str = "is corrupt") -> Iterator[None]:
+    """Tell of content that was edited, or is of another program, where it is put to use.
+
+    Raises:
+        UserError: In place of what such content raises.
+    """
+    try:
+        yield
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else error
+        raise UserError.of(str(place), f"{fault}: {reason}", _OTHER_STATE) from error
 
 
 def _read_details(folder: Path) -> dict[str, Any]:
     """Give what a state holds beside the parameters."""
     tensors = _read_tensors(folder / _TENSORS)
-    try:
+    with well_formed(folder / _DETAILS):
         packed = json.loads((folder / _DETAILS).read_text(encoding="utf-8"))
         details: dict[str, Any] = unpack(packed, tensors)
-    except (OSError, *_MALFORMED) as error:
-        raise UserError.of(str(folder / _DETAILS), f"is corrupt: {error}", _OTHER_STATE) from error
     return details
 
 

@@ -7,6 +7,7 @@ denoiser that is one forward pass and one backward pass through its activations,
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from sdxl_train import LoadedModel, Run
 
 PASSES: Final = 2
+_DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MEASUREMENTS: Final = 4
 
 PEAKS: Final[tuple[tuple[str, float], ...]] = (
     ("B200", 2250e12),
@@ -47,29 +50,56 @@ def peak_of(device_name: str) -> float | None:
 
 
 def utilization(run: Run) -> dict[str, Any]:
-    """Give the ``value``, the ``peak`` that it is a share of, or ``why`` there is none."""
-    device = next(iter(run.assembly.parameters)).device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    """Give how fast the denoiser computes, and which share of the device's peak that is.
+
+    Returns:
+        ``rate`` and ``peak`` in FLOP/s, ``value``, the one divided by the other, and
+        ``peak_of``: ``data sheet``, or ``measured`` where none is known for this device and type.
+        All are None where there is a reason, ``why``.
+    """
     steps = list(run.history.since(0))
     why = None
     if not steps:
         why = "no step is done"
-    elif device.type != "cuda":
-        why = "no peak rate of a CPU is known"
     elif not isinstance(run.config.model, LdmModel):
         why = "the operations of this model are not counted"
-    elif run.config.training.mixed_precision == "no":
-        why = "the peak rates that are known are of 16 bits"
-    elif peak_of(name) is None:
-        why = f"no peak rate of {name} is known"
     if why is not None:
-        return {"value": None, "peak": None, "why": why}
-    peak = peak_of(name)
-    assert peak is not None
+        return unknown_utilization(why)
+    device = next(iter(run.assembly.parameters)).device
+    dtype = _DTYPES[run.config.training.mixed_precision]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = peak_of(name) if dtype != torch.float32 else None
+    peak = known or measured_peak(device, dtype)
     # The median of all steps, of which the first ones compile and warm up.
     rates = sorted(step.samples / step.seconds for step in steps)
-    value = mean_flops(run) * PASSES * rates[len(rates) // 2] / peak
-    return {"value": value, "peak": peak, "why": None}
+    rate = mean_flops(run) * PASSES * rates[len(rates) // 2]
+    return {
+        "value": rate / peak,
+        "rate": rate,
+        "peak": peak,
+        "peak_of": "data sheet" if known else "measured",
+        "why": None,
+    }
+
+
+def unknown_utilization(why: str) -> dict[str, Any]:
+    """Give what stands for a utilization that cannot be told."""
+    return {**dict.fromkeys(("value", "rate", "peak", "peak_of")), "why": why}
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Measure what the device reaches in a product of two large matrices, in FLOP/s.
+
+    That is about the most that a model can. Takes a fraction of a second.
+    """
+    side = 1024 if device.type == "cpu" else 8192
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(_MEASUREMENTS):
+        began = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds)
 
 
 def mean_flops(run: Run) -> float:

@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from sdxl_lora_plugins.observers.flops import utilization
+from sdxl_lora_plugins.observers.flops import unknown_utilization, utilization
 from sdxl_lora_plugins.observers.norms import block_norms
 from sdxl_lora_plugins.report.page import ShownRun, page
 from sdxl_lora_plugins.report.pictures import Pictures
@@ -41,7 +41,11 @@ class Reporting:
     def _keep_earlier_notes(self) -> None:
         """Keep of the notes of the run that this one goes on from what is not done again."""
         notes, start = self.run.notes, self.run.first_step
-        notes["samples"] = [s for s in notes.get("samples", []) if s["step"] <= start]
+        notes["samples"] = [
+            {**sample, "path": sample["path"] and self._path_from_here(sample["path"])}
+            for sample in notes.get("samples", [])
+            if sample["step"] <= start
+        ]
         norms = notes.get("weight_norms", {})
         count = sum(step <= start for step in norms.get("steps", []))
         notes["weight_norms"] = {
@@ -50,9 +54,14 @@ class Reporting:
             "why": None,
         }
 
+    def _path_from_here(self, path: str) -> str:
+        """Give where a picture of the earlier run lies, seen from this one's folder."""
+        earlier = self.run.earlier_folder
+        return os.path.relpath(earlier / path, self.run.output_dir) if earlier else path
+
     def run_started(self) -> None:
         """Write the first report, before the first step."""
-        self.run.notes["mfu"] = {"value": None, "peak": None, "why": "no step is done yet"}
+        self.run.notes["mfu"] = unknown_utilization("told when the run is over")
         if self.run.first_step == 0:
             self._note_norms(0)
         self._write()

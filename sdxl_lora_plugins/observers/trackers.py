@@ -135,7 +135,7 @@ class Trackers(Observer):
         )
 
     def remarks(self, config: RunConfig) -> Iterator[str]:
-        """Yield what has no effect, and what others may see."""
+        """Yield what has no effect."""
         if self.log_with == "all" and "wandb" not in self.trackers:
             yield f"{config.place('log_with')}: Weights & Biases is not installed: tensorboard only"
         for name in sorted(self.model_fields_set - {"log_with", "logging_dir"}):
@@ -145,12 +145,6 @@ class Trackers(Observer):
                 yield f"{config.place(name)} has no effect without {missing}"
         for name in self.settings_without_tracker():
             yield f"{config.place('log_tracker_config')}: [{name}] has no effect: it is not in use"
-        key = config.settings.get("wandb_api_key")
-        if key is not None and key.origin == "command line":
-            yield (
-                "--wandb_api_key on a command line can be seen by others on this machine, and "
-                "stays in the shell's history; WANDB_API_KEY or `wandb login` do not"
-            )
 
     def settings_without_tracker(self) -> list[str]:
         """Give the tables of ``log_tracker_config`` that are for trackers not in use."""

@@ -97,7 +97,6 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     best = min(validations, key=lambda v: v["loss"], default=None)
     peak = document["memory"]["peak_bytes"]
     trained = sum(part["parameters"] for part in document["plan"]["modules"].values())
-    mfu = document["notes"].get("mfu", {"value": None, "why": "not measured"})
     skipped = f", {results['skipped_steps']} skipped" if results["skipped_steps"] else ""
     return [
         ("steps", f"{results['steps']} of {document['steps']['optimizer_steps']}{skipped}"),
@@ -112,16 +111,18 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
             "most memory",
             f"{peak / 1e9:.2f} GB of the {document['memory']['of']}" if peak else _ABSENT,
         ),
-        (
-            "model FLOPs utilization",
-            f"{mfu['value']:.1%} of {mfu['peak'] / 1e12:.0f} TFLOP/s"
-            if mfu["value"] is not None
-            else f"{_ABSENT}: {mfu['why']}",
-        ),
+        ("model FLOPs utilization", _utilization(document["notes"].get("mfu"))),
         ("trained parameters", f"{trained:,}"),
         ("device", f"{document['machine']['device_name']} ({document['machine']['device']})"),
         ("time in steps", f"{speed['seconds']:.0f} s"),
     ]
+
+
+def _utilization(mfu: Mapping[str, Any] | None) -> str:
+    if mfu is None or mfu["value"] is None:
+        return f"{_ABSENT}: {mfu['why'] if mfu else 'not measured'}"
+    rate, peak = mfu["rate"] / 1e12, mfu["peak"] / 1e12
+    return f"{mfu['value']:.1%}: {rate:.3g} of {peak:.3g} TFLOP/s ({mfu['peak_of']})"
 
 
 def _options(runs: Sequence[ShownRun]) -> list[dict[str, Any]]:

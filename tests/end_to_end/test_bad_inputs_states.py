@@ -133,12 +133,15 @@ def test_a_state_of_more_processes_goes_on_and_says_so_97(
 
 @pytest.mark.parametrize(
     "content",
-    ["[]", '{"optimizer": {"state": {"0": 1}, "param_groups": []}}'],
+    ["[]", '{"optimizer": {"state": {"0": 1}, "param_groups": []}}', '{"history": {}}'],
 )
 def test_an_edited_optimizer_offers_to_reset_it_92(
     content: str, first: Trained, train_lora: TrainLora, tmp_path: Path
 ) -> None:
     state = shutil.copytree(first.folder / "photo-step00000001-state", tmp_path / "photo-state")
+    if "history" in content:
+        whole = json.loads((state / "details.json").read_text(encoding="utf-8"))
+        content = json.dumps({**whole, "observers": json.loads(content)})
     (state / "details.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="--reset_optimizer"):
         train_lora(**QUICK, max_train_steps=2, resume=str(state))

@@ -99,7 +99,10 @@ def test_the_record_holds_pictures_and_norms(watched: Trained, record: dict[str,
     # A fresh network adds nothing, then more and more.
     assert all(each[0] == 0 < each[-1] for each in norms["blocks"].values())
     assert {"te1", "te2", "middle_block"} < norms["blocks"].keys()
-    assert record["notes"]["mfu"]["why"] == "no peak rate of a CPU is known"
+    mfu = record["notes"]["mfu"]
+    assert mfu["peak_of"] == "measured"
+    assert mfu["value"] == pytest.approx(mfu["rate"] / mfu["peak"])
+    assert mfu["rate"] > 0
 
 
 def test_the_report_shows_the_record(watched: Trained) -> None:
@@ -128,6 +131,24 @@ def test_a_resumed_run_goes_on_with_the_record(watched: Trained, train_lora: Tra
     assert record["history"]["step"] == [1, 2, 3, 4, 5, 6]
     assert record["notes"]["weight_norms"]["steps"] == [0, 1, 2, 3, 4, 5, 6]
     assert [sample["step"] for sample in record["notes"]["samples"]] == [0, 2, 4, 6]
+
+
+def test_a_run_that_resumes_into_another_folder_brings_pictures_and_norms(
+    watched: Trained, train_lora: TrainLora, tmp_path: Path
+) -> None:
+    state = watched.folder / "photo-step00000003-state"
+    changes = {
+        "resume": str(state),
+        "max_train_steps": 4,
+        "output_name": "again",
+        "output_dir": str(tmp_path / "deep" / "er"),
+    }
+    again = train_lora(**dict(watched.options) | changes)
+    record = json.loads((again.folder / "again.run.json").read_text(encoding="utf-8"))
+    assert record["notes"]["weight_norms"]["steps"] == [0, 1, 2, 3, 4]
+    samples = record["notes"]["samples"]
+    assert [sample["step"] for sample in samples] == [0, 2, 4]
+    assert all((again.folder / sample["path"]).is_file() for sample in samples)
 
 
 def test_compare_is_a_command(

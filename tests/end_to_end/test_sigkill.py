@@ -45,7 +45,12 @@ def test_run_killed_again_and_again_goes_on_to_the_straight_result(
     train_lora: TrainLora,
     same_tensors: SameTensors,
 ) -> None:
-    quick = {"max_train_steps": STEPS, "plugin": None}
+    quick = {
+        "max_train_steps": STEPS,
+        "network_train_unet_only": True,
+        "cache_text_encoder_outputs": True,
+        "plugin": None,
+    }
     straight = train_lora(**quick)
     chosen = options(
         **quick,

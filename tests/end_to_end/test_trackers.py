@@ -156,7 +156,7 @@ def test_weights_and_biases_offline_by_the_command(
     output, log = process.communicate(timeout=300)
     assert process.returncode == 0, log
     assert "failed" not in log
-    assert "can be seen by others" in log
+    assert "--wandb_api_key: a secret on a command line stays in the shell's history" in log
     assert SECRET not in output + log
 
     (file,) = (tmp_path / "logs").glob("*/wandb/offline-run-*/run-*.wandb")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -47,7 +47,9 @@ def batches(first: int) -> list[StepBatches]:
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     return Step(
-        timesteps=lambda n, generator: torch.randint(0, 1000, (n,), generator=generator),
+        timesteps=lambda n, generator: cast(
+            "torch.LongTensor", torch.randint(0, 1000, (n,), generator=generator)
+        ),
         add_noise=lambda latents, noise, timesteps: latents + noise,
         condition=lambda batch: {},
         prepare_step=lambda timesteps: None,
@@ -66,7 +68,7 @@ class Restless(torch.optim.SGD):
 
     draw: Callable[[], float]
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -86,7 +88,7 @@ def test_a_step_depends_on_weights_and_its_number_only(draw: Callable[[], float]
             model.load_state_dict(weights)
         optimizer = Restless([{"params": [*model.parameters()], "name": "all"}], lr=0.1)
         optimizer.draw = draw
-        seen = []
+        seen: list[dict[str, torch.Tensor]] = []
         for result in train(batches(first), step_of(model, optimizer), start=first):
             assert result.step == first + len(seen) + 1
             seen.append({name: value.clone() for name, value in model.state_dict().items()})

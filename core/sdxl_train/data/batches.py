@@ -192,24 +192,25 @@ class BatchPlan:
             number: The epoch, counted from 1.
         """
         order = random.Random(derive_seed(self.seed, "order", number))
-        batches = []
+        parts: list[tuple[int, Size, list[Sample]]] = []
         for (dataset, bucket), samples in _samples(self.datasets).items():
             order.shuffle(samples)
             size = self.datasets[dataset].config.batch_size * self.processes
-            batches += [
-                BatchSpec(
-                    dataset=dataset,
-                    bucket=bucket,
-                    epoch=number,
-                    samples=tuple(self._views(dataset, number, samples[start : start + size])),
-                )
+            parts += [
+                (dataset, bucket, samples[start : start + size])
                 for start in range(0, len(samples), size)
             ]
-        order.shuffle(batches)
+        order.shuffle(parts)
         before = (number - 1) * -(-self.batches_per_epoch // self.accumulation)
         return [
-            replace(batch, step=before + position // self.accumulation)
-            for position, batch in enumerate(batches)
+            BatchSpec(
+                dataset=dataset,
+                bucket=bucket,
+                epoch=number,
+                samples=tuple(self._views(dataset, number, samples)),
+                step=before + position // self.accumulation,
+            )
+            for position, (dataset, bucket, samples) in enumerate(parts)
         ]
 
     def captions(self, spec: BatchSpec) -> list[str]:
@@ -238,7 +239,7 @@ class BatchPlan:
                 changes["colour"] = draw_colour(self._rng("colour", index, epoch, sample))
             if options.random_crop or options.face_crop_aug_range:
                 changes["fit"] = drawn_fit(image, options, self._rng("crop", index, epoch, sample))
-            yield replace(sample, **changes)
+            yield replace(sample, **changes) if changes else sample
 
     def _rng(self, purpose: str, dataset: int, epoch: int, sample: Sample) -> random.Random:
         seed = derive_seed(self.seed, purpose, epoch, dataset, sample.image, sample.repeat)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 
@@ -182,15 +182,19 @@ def possible_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
     return (kept, "") if options.drops_captions else (kept,)
 
 
-def fullest_captions(caption: str, options: CaptionOptions) -> tuple[str, ...]:
-    """Give the longest captions that may be trained: of each line, with all tags."""
+def fullest_captions(options: CaptionOptions) -> Callable[[str], tuple[str, ...]]:
+    """Give what finds the longest captions that may be trained of one: of each line, all tags."""
     still = options.without_chance()
-    whole = _with_affixes(caption, options)
-    lines = whole.split("\n") if options.enable_wildcard else [whole]
-    return tuple(
-        _with_tags(_BRACES.sub(_longest, line) if options.enable_wildcard else line, still)
-        for line in lines
-    )
+    wild = options.enable_wildcard
+
+    def fullest(caption: str) -> tuple[str, ...]:
+        whole = _with_affixes(caption, options)
+        lines = whole.split("\n") if wild else [whole]
+        return tuple(
+            _with_tags(_BRACES.sub(_longest, line) if wild else line, still) for line in lines
+        )
+
+    return fullest
 
 
 def split_tags(caption: str, separator: str = ",") -> list[str]:

@@ -35,11 +35,10 @@ class CaptionLengths:
         cls, scan: Scan, limit: int, count_tokens: Callable[[Sequence[str]], list[int]]
     ) -> CaptionLengths:
         """Count the tokens of every caption, the held-out images' too."""
-        captions = [
-            (image, fullest_captions(image.caption, dataset.subset_of(image).captions))
-            for dataset in (*scan.datasets, *scan.validation)
-            for image in dataset.images
-        ]
+        captions = []
+        for dataset in (*scan.datasets, *scan.validation):
+            fullest = [fullest_captions(subset.captions) for subset in dataset.config.subsets]
+            captions += [(image, fullest[image.subset](image.caption)) for image in dataset.images]
         texts = list(dict.fromkeys(text for _, several in captions for text in several))
         tokens = dict(zip(texts, count_tokens(texts), strict=True))
         lengths: dict[tuple[Path, str], int] = {}

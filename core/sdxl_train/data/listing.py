@@ -141,11 +141,10 @@ def _entries(folder: Path, astray: list[str]) -> list[tuple[str, bool]]:
     with os.scandir(folder) as found:
         # Told with the listing itself; asking for each file takes seconds for 100 000.
         entries = list(found)
-    root = os.path.realpath(folder)
-    for entry in entries:
+    links = [entry for entry in entries if entry.is_symlink()]
+    root = os.path.realpath(folder) if links else ""
+    for entry in links:
         # A dataset from elsewhere must not reach what else lies on this machine.
-        if not entry.is_symlink():
-            continue
         target = os.path.realpath(entry.path)
         if os.path.exists(target) and not lies_in(root, target):  # noqa: PTH110 - no need of a path
             astray.append(entry.name)

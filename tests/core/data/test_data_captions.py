@@ -166,9 +166,9 @@ def test_the_fullest_captions_have_every_tag_and_line() -> None:
         caption_prefix="P",
         caption_suffix="S",
     )
-    lines = fullest_captions("a, {b|long}\nc;;;d", options)
+    lines = fullest_captions(options)("a, {b|long}\nc;;;d")
     assert lines == ("P a, long", "c,d S")
-    assert fullest_captions("a, b", CaptionOptions(keep_tokens_separator="|||")) == ("a, b",)
+    assert fullest_captions(CaptionOptions(keep_tokens_separator="|||"))("a, b") == ("a, b",)
 
 
 def test_possible_captions_include_the_empty_one_where_captions_drop() -> None:

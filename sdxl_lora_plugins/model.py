@@ -31,7 +31,8 @@ def _recognize(facts: UnetFacts) -> str:
         if is_refiner or facts.has("conditioner.embedders.0.model."):
             return "the SDXL refiner, not the base model"
         return _CHECKPOINT
-    if facts.context_width == 1024 or facts.has("cond_stage_model.model."):
+    is_second = {768: False, 1024: True}.get(facts.context_width or 0, bool(facts.linear))
+    if is_second or facts.has("cond_stage_model.model."):
         return "a Stable Diffusion 2.x checkpoint"
     return "a Stable Diffusion 1.x checkpoint"
 
@@ -90,6 +91,10 @@ SDXL: Final = Family(
         "out",
     ),
     recognize=_recognize,
+    model_types={
+        "a Stable Diffusion 1.x checkpoint": "sd1",
+        "a Stable Diffusion 2.x checkpoint": "sd2",
+    },
     other_network=_other_network,
     contexts={
         768: "Stable Diffusion 1.x",

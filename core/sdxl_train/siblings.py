@@ -12,6 +12,7 @@ _SIBLINGS: dict[str, dict[str, str]] = {
             "sdxl-train-optimizers"
         ),
     },
+    "model": {r"sd[12]": "sdxl-train-sd"},
     "network": {r"lycoris\..*|loha|full|ia3|oft|boft|dylora|diag-oft": "sdxl-train-lycoris"},
 }
 """The distributions that are developed with this one, by kind and by the names that they bring."""

@@ -233,8 +233,8 @@ def test_sd_scripts_switch_chooses_the_family_and_its_resolution(
         ("sd1", ("sdxl", ".safetensors"), "is an SDXL checkpoint"),
         ("sd2", ("sd1", ".ckpt"), "is a Stable Diffusion 1.x checkpoint"),
         ("sd2", ("sdxl", ""), "holds an SDXL model"),
-        ("sdxl", ("sd1", ".safetensors"), "is a Stable Diffusion 1.x checkpoint"),
-        ("sdxl", ("sd2", ""), "holds a Stable Diffusion"),
+        ("sdxl", ("sd1", ".safetensors"), "checkpoint, or add --model_type sd1"),
+        ("sdxl", ("sd2", ""), "holds a Stable Diffusion 2.x model"),
     ],
 )
 def test_checkpoint_of_another_family_is_refused_in_one_line(

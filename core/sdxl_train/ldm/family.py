@@ -99,6 +99,7 @@ class Family:
         blocks: The U-Net's blocks in the order in which users give values by block.
         recognize: Says what a U-Net of four input channels belongs to, with an article;
             ``checkpoint`` for this family.
+        model_types: The ``--model_type`` of other families, by what ``recognize`` says of theirs.
         other_network: Says which other model a network is for, by the names of its tensors and its
             metadata, where the width of the text does not tell; None where nothing says so.
         contexts: Titles of families, this one's too, by the width of the text that their U-Nets
@@ -132,6 +133,7 @@ class Family:
     npz: str
     pickles: bool = False
     metadata: Callable[[bool], Mapping[str, str]]
+    model_types: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def pooled(self) -> bool:

@@ -126,7 +126,8 @@ def _base_file_faults(path: Path, family: Family, *, vae_given: bool) -> Iterato
     shapes = read_header(path, pickles=family.pickles).shapes
     kind = kinds.kind_of(shapes, family)
     if kind != family.checkpoint:
-        yield Fault(message=f"{path.name} is {kind}", remedy=f"name {family.checkpoint}")
+        remedy = _remedy(kind, family, f"name {family.checkpoint}")
+        yield Fault(message=f"{path.name} is {kind}", remedy=remedy)
         return
     for part, remedy in kinds.missing_parts(shapes, family, vae_given=vae_given):
         yield Fault(message=f"{path.name} is {family.checkpoint} without its {part}", remedy=remedy)
@@ -162,9 +163,10 @@ def _base_folder_faults(folder: Path, family: Family, *, vae_given: bool) -> Ite
         )
         return
     if kind := _other_kind_of_folder(folder, family):
+        remedy = f"name the folder of {_as_model(family.checkpoint)}"
         yield Fault(
-            message=f"{folder.name} holds {kind}",
-            remedy=f"name the folder of {_as_model(family.checkpoint)}",
+            message=f"{folder.name} holds {_as_model(kind)}",
+            remedy=_remedy(kind, family, remedy),
         )
         return
     for subfolder, (title, stem) in family.folders.items():
@@ -188,7 +190,13 @@ def _other_kind_of_folder(folder: Path, family: Family) -> str | None:
         pipeline = index.get("_class_name", "an unknown pipeline")
         return None if pipeline == family.pipeline else f"{pipeline}, which has no U-Net"
     kind = kinds.kind_of_unet(kinds.facts_of_config(unet), family)
-    return None if kind == family.checkpoint else _as_model(kind)
+    return None if kind == family.checkpoint else kind
+
+
+def _remedy(kind: str, family: Family, usual: str) -> str:
+    """Say what to do about another kind of model: some can be trained all the same."""
+    model_type = family.model_types.get(kind)
+    return usual if model_type is None else f"{usual}, or add --model_type {model_type}"
 
 
 def _as_model(kind: str) -> str:

@@ -26,6 +26,11 @@ _SDXL_ONLY: Final = re.compile(
     r"|lora_unet_(input_blocks_[78]_1|.*transformer_blocks_[1-9])"
 )
 _LAYOUT: Final = UnetLayout(layers_per_block=2, attention=(True, True, True, False))
+_MODEL_TYPES: Final = {
+    f"a {TITLES[False]} checkpoint": "sd1",
+    f"a {TITLES[True]} checkpoint": "sd2",
+    "an SDXL checkpoint": "sdxl",
+}
 _BLOCKS: Final = (
     *(f"input_{index}" for index in range(12)),
     "middle",
@@ -41,11 +46,8 @@ def _recognize(facts: UnetFacts) -> str:
         if facts.context_width == 1280:
             return "the SDXL refiner, not the base model"
         return "an SDXL checkpoint"
-    if facts.linear is None:
-        is_second = facts.context_width == 1024 or facts.has("cond_stage_model.model.")
-    else:
-        is_second = facts.linear
-    return f"a {TITLES[is_second]} checkpoint"
+    is_second = {768: False, 1024: True}.get(facts.context_width or 0, bool(facts.linear))
+    return f"a {TITLES[is_second or facts.has('cond_stage_model.model.')]} checkpoint"
 
 
 def _other_network(
@@ -93,6 +95,7 @@ SD1: Final = Family(
     unet_naming="diffusers",
     blocks=_BLOCKS,
     recognize=_recognize,
+    model_types=_MODEL_TYPES,
     other_network=partial(_other_network, is_v2=False),
     contexts=_CONTEXTS,
     latent_scaling=0.18215,
@@ -132,6 +135,7 @@ SD2: Final = Family(
     unet_naming="diffusers",
     blocks=_BLOCKS,
     recognize=_recognize,
+    model_types=_MODEL_TYPES,
     other_network=partial(_other_network, is_v2=True),
     contexts=_CONTEXTS,
     latent_scaling=0.18215,

@@ -80,7 +80,7 @@ def test_what_cannot_be_set_here_is_left_out_and_told() -> None:
         {
             "ss_network_module": "networks.lora",
             "ss_network_dim": "Dynamic",
-            "ss_network_args": '{"conv_dim": "4", "block_dims": "1,2", "strange": "1"}',
+            "ss_network_args": '{"conv_dim": "4", "block_dims": "1,x", "strange": "1"}',
             "ss_optimizer": "some.where.Unheard(lr=1,",
             "ss_max_train_steps": "-3",
             "ss_seed": "7",

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 _UNET: Final[dict[str, Any]] = {
     "sample_size": demo_images.SIZE // 4,
-    "layers_per_block": 1,
     "transformer_layers_per_block": (1, 1, 1),
     "norm_num_groups": 4,
 }

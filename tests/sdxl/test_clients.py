@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 from lycoris.kohya import create_network_from_weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SIZE = {"network_dim": 4, "network_alpha": 2.0}
 BOTH, LYCORIS = ("diffusers", "lycoris"), ("lycoris",)
+DIFFUSERS = ("diffusers", "diffusers' own naming")
 DORA = {"dora_wd": True, "wd_on_output": True}
 LYCORIS_OPTIONS: dict[str, dict[str, Any]] = {
     "dylora": {"network_dim": 4, "block_size": 2, "conv_dim": 2},
@@ -37,12 +38,16 @@ LYCORIS_OPTIONS: dict[str, dict[str, Any]] = {
     "boft": {"network_dim": 8},
 }
 NETWORKS: dict[str, tuple[Network, tuple[str, ...]]] = {
-    "lora": (Lora(**SIZE), BOTH),
+    "lora": (Lora(**SIZE), (*BOTH, "diffusers' own naming")),
     "lora-conv": (Lora(**SIZE, conv_dim=2, conv_alpha=1), BOTH),
     "lora-rs": (Lora(**SIZE, rs_lora=True), ("diffusers",)),
     "lora-blocks": (
         Lora.model_validate({**SIZE, "block_dims": "input_*=2,middle=6"}),
-        ("diffusers",),
+        DIFFUSERS,
+    ),
+    "lora-encoders": (
+        Lora.model_validate({**SIZE, "rules": "te1.*fc1 dim=2; te2.*q_proj dim=6"}),
+        ("diffusers' own naming",),
     ),
     "locon": (Locon(**SIZE, conv_dim=2), BOTH),
     "lokr": (Lokr(**SIZE), LYCORIS),
@@ -130,7 +135,7 @@ def run(unet: nn.Module, *encoders: nn.Module) -> list[Tensor]:
     return [*outputs, *(encoder(tokens).last_hidden_state for encoder in encoders)]
 
 
-def in_diffusers(saved: Saved, unet: Any, te1: Any, te2: Any) -> set[str]:
+def in_diffusers(saved: Saved, path: Path, unet: Any, te1: Any, te2: Any) -> set[str]:
     """Load a file as users of diffusers do; give the keys that it took."""
     pipe = StableDiffusionXLPipeline(
         vae=None,
@@ -142,10 +147,19 @@ def in_diffusers(saved: Saved, unet: Any, te1: Any, te2: Any) -> set[str]:
         scheduler=None,
         add_watermarker=False,
     )
-    pipe.load_lora_weights(saved.path, adapter_name="x")
+    pipe.load_lora_weights(path, adapter_name="x")
     layers = sum("x" in getattr(m, "lora_A", {}) for p in (unet, te1, te2) for m in p.modules())
     assert layers == len({key.partition(".")[0] for key in saved.keys})
     return saved.keys
+
+
+def named_for_diffusers(saved: Saved, model: LoadedSdxl) -> Path:
+    """Write the folder of ``save_model_as=diffusers``."""
+    folder = saved.path.with_suffix("")
+    folder.mkdir()
+    tensors, metadata = model.diffusers_network(load_file(saved.path))
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata)
+    return folder
 
 
 def in_lycoris(saved: Saved, unet: Any, te1: Any, te2: Any, names: dict[str, str]) -> set[str]:
@@ -194,7 +208,9 @@ def test_client_takes_every_tensor_and_computes_as_training_did(
     unet, te1, te2 = copy.deepcopy((model.denoiser, *model.text_encoders))
 
     if client == "diffusers":
-        taken = in_diffusers(file, unet, te1, te2)
+        taken = in_diffusers(file, file.path, unet, te1, te2)
+    elif client == "diffusers' own naming":
+        taken = in_diffusers(file, named_for_diffusers(file, model), unet, te1, te2)
     else:
         (part,) = [part for part in model.parts if part.name == "unet"]
         taken = in_lycoris(file, unet, te1, te2, dict(part.file_names))

@@ -67,7 +67,13 @@ def adapter_metadata(ranks: Mapping[Layer, int]) -> str:
     content: dict[str, object] = {}
     prefixes = {layer.part: layer.name("diffusers").partition(".")[0] for layer in ranks}
     for part, prefix in prefixes.items():
-        own = {layer.diffusers_path: rank for layer, rank in ranks.items() if layer.part == part}
+        # transformers 5.6 dropped the first level of text encoder 1, and diffusers takes it off
+        # from the tensors' names only; peft finds a path without it in either.
+        own = {
+            layer.diffusers_path.removeprefix("text_model."): rank
+            for layer, rank in ranks.items()
+            if layer.part == part
+        }
         common = Counter(own.values()).most_common(1)[0][0]
         others = {path: rank for path, rank in own.items() if rank != common}
         content |= {

@@ -101,6 +101,14 @@ class Component(OptionModel):
         """
         yield from ()
 
+    def contents(self) -> Mapping[str, str]:
+        """Give what a resumed run compares of options that name a file: its content, not its place.
+
+        Returns:
+            By the option's name, a short text that is another one for another content.
+        """
+        return {}
+
 
 # --------------------------------------------------------------------------------------- values
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.metadata_options import MetadataOptions
+from sdxl_train.options import options_of
 from sdxl_train.state import (
     FILES,
     MANIFEST,
@@ -255,7 +256,13 @@ def shaping_options(config: RunConfig) -> dict[str, Any]:
     watching = {name for observer in config.observers for name in type(observer).model_fields}
     own = {name for component in config.components for name in component.may_change}
     idle = MAY_CHANGE | watching | own
-    return {name: item["value"] for name, item in config.options().items() if name not in idle}
+    found = {name: item["value"] for name, item in config.options().items() if name not in idle}
+    for component in config.components:
+        known = options_of(type(component))
+        for name, text in component.contents().items():
+            args = known[name].args
+            found[f"{args}.{name}" if args else name] = text
+    return found
 
 
 def dataset_digest(scan: Scan) -> str:

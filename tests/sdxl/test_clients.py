@@ -153,7 +153,7 @@ def in_diffusers(saved: Saved, path: Path, unet: Any, te1: Any, te2: Any) -> set
     return saved.keys
 
 
-def named_for_diffusers(saved: Saved, model: LoadedSdxl) -> Path:
+def named_for_diffusers(saved: Saved, model: LoadedLdm) -> Path:
     """Write the folder of ``save_model_as=diffusers``."""
     folder = saved.path.with_suffix("")
     folder.mkdir()

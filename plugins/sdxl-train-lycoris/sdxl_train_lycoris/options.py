@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,10 +19,10 @@ from sdxl_train_lycoris.blocks import (
     plain_values,
     values_by_block,
 )
-from sdxl_train_lycoris.presets import LINEAR_PRESETS, Preset, read_preset
+from sdxl_train_lycoris.presets import BUILTIN_PRESETS, LINEAR_PRESETS, Preset, read_preset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sdxl_train import Adapter, LoadedModel, RunConfig
 
@@ -125,6 +126,13 @@ class LycorisNetwork(LimitedNetwork):
             from sdxl_train_lycoris.adapter import LycorisAdapter
 
         return LycorisAdapter(model, self)
+
+    def contents(self) -> Mapping[str, str]:
+        """Give what a preset's file says, so that a resumed run may have it elsewhere."""
+        if self.preset in BUILTIN_PRESETS:
+            return {}
+        said = self.layers.model_dump_json()
+        return {"preset": f"a file of hash {sha256(said.encode()).hexdigest()[:16]}"}
 
     def check(self, config: RunConfig) -> Iterator[Problem]:
         """Yield the options that would have no effect or contradict each other."""

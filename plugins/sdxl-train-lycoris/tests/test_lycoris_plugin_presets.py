@@ -104,7 +104,9 @@ def test_names_that_hit_nothing_are_told(
     assert "preset: nothing in the U-Net is DiTBlock, conv_in" in caplog.text
 
 
-def test_every_algorithm_resumes_exactly(train_tiny: TrainTiny, everything: str) -> None:
+def test_every_algorithm_resumes_exactly(
+    train_tiny: TrainTiny, everything: str, tmp_path: Path
+) -> None:
     network: dict[str, Any] = {
         "network_module": "lycoris.kohya",
         "network_args": {
@@ -120,6 +122,14 @@ def test_every_algorithm_resumes_exactly(train_tiny: TrainTiny, everything: str)
     whole = train_tiny(max_train_steps=4, **network)
     first = train_tiny(max_train_steps=2, save_state=True, **network)
     (state,) = first.folder.rglob("*-state")
+    # What a preset says is compared, not where it lies and how it is laid out.
+    moved, other = tmp_path / "moved.toml", tmp_path / "other.toml"
+    moved.write_text(f"# moved\n{EVERYTHING}")
+    other.write_text(EVERYTHING.replace("alpha = 0.5", "alpha = 1.0"))
+    network["network_args"]["preset"] = str(other)
+    with pytest.raises(UserError, match=r"network_args\.preset.* is a file of hash"):
+        train_tiny(max_train_steps=4, resume=str(state), **network)
+    network["network_args"]["preset"] = str(moved)
     second = train_tiny(max_train_steps=4, resume=str(state), **network)
     assert whole.tensors.keys() == second.tensors.keys()
     for name, tensor in whole.tensors.items():

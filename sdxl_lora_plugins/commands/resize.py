@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - pydantic reads the annotations
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from sdxl_lora_plugins.commands.written import (
@@ -18,7 +20,7 @@ from sdxl_lora_plugins.commands.written import (
     stored_dtype,
 )
 from sdxl_lora_plugins.model import SDXL
-from sdxl_train import Field, Problem
+from sdxl_train import Field, Problem, UserError
 from sdxl_train.ldm import open_networks
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ class Resize(WritingCommand):
     short: ClassVar[Mapping[str, str]] = {**WritingCommand.short, "r": "recipe"}
 
     model: list[Path] = Field(
-        min_length=1, description="The network; with a recipe several, and the base model."
+        min_length=1,
+        description="The network; with a recipe several, and the base model. A sum of LoRAs is "
+        "one: a.safetensors:0.7,b.safetensors:0.3.",
     )
     new_rank: int | None = Field(
         None, ge=1, description="Rank of every layer, or the most with a method or a recipe."
@@ -78,17 +82,24 @@ class Resize(WritingCommand):
         from sdxl_lora_plugins.commands.recipe import parse_recipes
 
         recipes = parse_recipes(self.recipe, "--recipe") if self.recipe else []
-        base, paths = self._sources()
-        problems = [*self._target_problems(paths, recipes), *self._rank_problems(recipes, base)]
+        base, words = self._sources()
+        sums = [weighted(word) for word in words]
+        paths = [path for parts in sums for path, _ in parts]
+        problems = [*self._target_problems(len(sums), paths, recipes)]
+        problems += self._rank_problems(recipes, base)
         files = open_networks(paths, SDXL, problems)
         require(problems + no_plain_lora(files, has_base=base is not None))
+        opened_files = iter(files)
+        pairs = [[(next(opened_files), ratio) for _, ratio in parts] for parts in sums]
+        require([problem for parts in pairs for problem in _sum_problems(parts)])
         require_values(files)
         with base_or_none(base) as opened:
-            for file in files:
-                for recipe in recipes:
-                    self._by_recipe(file, opened, recipe)
-                if not recipes:
-                    self._by_rank(file, opened)
+            for parts in pairs:
+                with self._summed(parts) as file:
+                    for recipe in recipes:
+                        self._by_recipe(file, opened, recipe)
+                    if not recipes:
+                        self._by_rank(file, opened)
         return 0
 
     def _sources(self) -> tuple[Path | None, list[Path]]:
@@ -99,26 +110,48 @@ class Resize(WritingCommand):
         networks = [path for path in self.model if path not in bases[:1]]
         return (bases[0] if bases else None), networks
 
+    @contextmanager
+    def _summed(self, parts: Sequence[tuple[NetworkFile, float]]) -> Iterator[NetworkFile]:
+        """Give a network, or a file of the sum of several while it is needed.
+
+        The sum is exact but for the precision, which is that of the result.
+        """
+        first, ratio = parts[0]
+        if len(parts) == 1 and ratio == 1.0:
+            yield first
+            return
+        from sdxl_lora_plugins.commands.merge_run import merged_modules
+        from sdxl_lora_plugins.files.plain import write_plain
+        from sdxl_train.ldm import NetworkFile
+
+        names = dict.fromkeys(name for file, _ in parts for name in file.modules)
+        dtype = self.dtype_or(stored_dtype(first))
+        title = "+".join(f"{file.path.stem}_{ratio:g}" for file, ratio in parts)
+        with TemporaryDirectory(prefix="sdxl-train-") as folder:
+            path = Path(folder) / f"{title}.safetensors"
+            write_plain(path, merged_modules(parts, names, None), first.metadata, dtype=dtype)
+            yield NetworkFile.open(path, SDXL)
+
     def _target_problems(
-        self, paths: Sequence[Path], recipes: Sequence[Recipe]
+        self, count: int, paths: Sequence[Path], recipes: Sequence[Recipe]
     ) -> Iterator[Problem]:
-        if not paths:
+        if not count:
             yield Problem(place="--model", message="names no network, only the base model")
         is_file = self.save_to.suffix == ".safetensors"
-        if is_file and len(paths) <= 1 and len(recipes) <= 1:
+        if is_file and count <= 1 and len(recipes) <= 1:
             yield from self.place_problems(self.save_to, paths)
         elif not recipes:
             yield from self.output_problems(paths)
-            if len(paths) > 1:
+            if count > 1:
                 yield Problem(
                     place="--model",
-                    message=f"{len(paths)} networks for one --save_to",
+                    message=f"{count} networks for one --save_to",
                     remedy="resize one at a time, or give a --recipe and a folder",
                 )
         elif is_file:
             yield Problem(
                 place="--save_to",
-                message=f"is one file for {number(len(paths), 'network')} and "
+                message=f"is one file for {number(count, 'network')} and "
                 f"{number(len(recipes), 'recipe')}",
                 remedy="name a folder",
             )
@@ -255,6 +288,37 @@ class Resize(WritingCommand):
         if self.dynamic_method == "sv_fro":
             parts, share, total = parts.square(), share**2, whole.norm**2
         return min(most, int((parts.cumsum(0) / total < share).sum()) + 1)
+
+
+def weighted(word: Path) -> list[tuple[Path, float]]:
+    """Read ``a.safetensors:0.7,b.safetensors:0.3``, networks to be summed; or the path of one."""
+    if word.exists() or ":" not in str(word):
+        return [(word, 1.0)]
+    parts = []
+    for text in str(word).split(","):
+        path, _, number = text.rpartition(":")
+        try:
+            parts.append((Path(path or number), float(number) if path else 1.0))
+        except ValueError:
+            raise UserError.of(
+                "--model", f"{text!r} has no number behind its colon", "write PATH:WEIGHT"
+            ) from None
+    return parts
+
+
+def _sum_problems(parts: Sequence[tuple[NetworkFile, float]]) -> Iterator[Problem]:
+    """Yield why networks cannot be summed, where there are several, or one with a weight."""
+    if len(parts) == 1 and parts[0][1] == 1.0:
+        return
+    for file, _ in parts:
+        others = {m.title for m in file.modules.values() if m.algorithm != "lora" or m.is_dora}
+        if others:
+            yield Problem(
+                place=str(file.path),
+                message=f"has layers of {' and '.join(sorted(others))}, whose sum is no "
+                "concatenation",
+                remedy="merge them first, with sdxl-train merge --new_rank",
+            )
 
 
 def _all(layer: Layer) -> None:

@@ -62,6 +62,38 @@ def above(least: float, reference: dict[str, float]) -> dict[str, int]:
     }
 
 
+def test_weighted_sum_of_loras_is_resized_as_one(network: Path, tmp_path: Path) -> None:
+    tensors = load_file(network)
+    second = tmp_path / "second.safetensors"
+    save_file(
+        {
+            k: -t if k.endswith("up.weight") else t.flip(0) if t.ndim else t
+            for k, t in tensors.items()
+        },
+        second,
+    )
+    made = tmp_path / "made.safetensors"
+    words = [f"{network}:0.5,{second}:2", "-o", str(made), "--new_rank", "8"]
+
+    assert main(["resize", *words]) == 0
+
+    (found, one, two) = (load_file(path) for path in (made, network, second))
+    for name in LAYERS:
+        deltas = [
+            t[f"{name}.lora_up.weight"] @ t[f"{name}.lora_down.weight"] for t in (found, one, two)
+        ]
+        torch.testing.assert_close(deltas[0], 0.5 * deltas[1] + 2 * deltas[2])
+        assert len(found[f"{name}.lora_down.weight"]) == found[f"{name}.alpha"]
+
+
+def test_weights_that_are_no_numbers_are_told(
+    network: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"{network}:half", "-o", str(tmp_path / "made.safetensors"), "--new_rank", "2"]
+    assert main(["resize", *words]) == 2
+    assert "has no number behind its colon" in capsys.readouterr().err
+
+
 def test_command_of_the_guide_scores_against_the_checkpoint(
     network: Path, tiny_file: Path, base: dict[str, Tensor], tmp_path: Path
 ) -> None:

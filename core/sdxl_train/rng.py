@@ -34,7 +34,13 @@ def seed_global_generators(seed: int) -> None:
     import numpy as np
     import torch
 
-    torch.manual_seed(seed)
+    # As torch.manual_seed, which in each call notes a stack trace for every device that has not
+    # been started: a hundredth of a step of a tiny model.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(seed)
+    elif torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 

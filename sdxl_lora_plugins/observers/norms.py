@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 
-from sdxl_train.ldm import BadFileError, Family, NetworkFile, square_norm
+from sdxl_train.ldm import BadFileError, Family, NetworkFile, StoredModule, square_norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
+
+
+@lru_cache(maxsize=1)  # a run asks for the same network over and over
+def _modules(shapes: tuple[tuple[str, tuple[int, ...]], ...], family: Family) -> list[StoredModule]:
+    try:
+        return list(NetworkFile.of_shapes(dict(shapes), family).modules.values())
+    except BadFileError:
+        return []
 
 
 def block_norms(state: Mapping[str, Tensor], family: Family) -> dict[str, float]:
@@ -24,11 +33,7 @@ def block_norms(state: Mapping[str, Tensor], family: Family) -> dict[str, float]
     Returns:
         The norms by block; empty for a network whose deltas cannot be told from its tensors alone.
     """
-    try:
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        modules = NetworkFile.of_shapes(shapes, family).modules.values()
-    except BadFileError:
-        return {}
+    modules = _modules(tuple((name, tuple(tensor.shape)) for name, tensor in state.items()), family)
     squares: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for module in modules:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _NUM_NORMS = 40
-"""Times that the norms of blocks are measured in a run."""
+"""Times that the norms of blocks are measured in a run, at most."""
+_STEPS_BETWEEN_NORMS = 20
+"""The least; to measure them takes up to half a step."""
 
 
 class Reporting:
@@ -35,7 +37,7 @@ class Reporting:
         self.path = run.output_dir / f"{run.name}.report.html"
         self.pace = Pace()
         self.pictures = Pictures()
-        self.norms_every = max(1, run.counts.total // _NUM_NORMS)
+        self.norms_every = max(_STEPS_BETWEEN_NORMS, run.counts.total // _NUM_NORMS)
         self._keep_earlier_notes()
 
     def _keep_earlier_notes(self) -> None:

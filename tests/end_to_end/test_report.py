@@ -95,8 +95,8 @@ def test_the_record_holds_pictures_and_norms(watched: Trained, record: dict[str,
     assert [sample["step"] for sample in samples] == [0, 2, 4, 6]
     assert all((watched.folder / sample["path"]).is_file() for sample in samples)
     norms = record["notes"]["weight_norms"]
-    assert norms["steps"] == [0, 1, 2, 3, 4, 5, 6]
-    # A fresh network adds nothing, then more and more.
+    assert norms["steps"] == [0, 6]
+    # A fresh network adds nothing.
     assert all(each[0] == 0 < each[-1] for each in norms["blocks"].values())
     assert {"te1", "te2", "middle_block"} < norms["blocks"].keys()
     mfu = record["notes"]["mfu"]
@@ -129,7 +129,7 @@ def test_a_resumed_run_goes_on_with_the_record(watched: Trained, train_lora: Tra
     again = train_lora(**options)
     record = json.loads((again.folder / "photo.run.json").read_text(encoding="utf-8"))
     assert record["history"]["step"] == [1, 2, 3, 4, 5, 6]
-    assert record["notes"]["weight_norms"]["steps"] == [0, 1, 2, 3, 4, 5, 6]
+    assert record["notes"]["weight_norms"]["steps"] == [0, 6]
     assert [sample["step"] for sample in record["notes"]["samples"]] == [0, 2, 4, 6]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sdxl_train.errors import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 
@@ -42,6 +43,10 @@ class Remarks:
         return lines
 
 
+MOST_FOLDERS = 20
+"""Folders whose captions are remarked on one by one."""
+
+
 class Findings:
     """Collects what the scan of all datasets finds.
 
@@ -57,6 +62,25 @@ class Findings:
         self.warnings: list[str] = []
         self.skipped: list[Skipped] = []
         self.remarks = Remarks()
+        self._of_captions: dict[str, list[str]] = {}
+
+    def captions(self, source: Path, remarks: Sequence[str]) -> None:
+        """Note what is odd about the captions of a folder or metadata file."""
+        if remarks:
+            self._of_captions.setdefault(str(source), []).extend(remarks)
+
+    def caption_lines(self) -> list[str]:
+        """Give the remarks on captions, those on a few of thousands of folders."""
+        sources = list(self._of_captions)
+        lines = [
+            f"{source}: {remark}"
+            for source in sources[:MOST_FOLDERS]
+            for remark in self._of_captions[source]
+        ]
+        left = len(sources) - MOST_FOLDERS
+        if left > 0:
+            lines.append(f"{left} more folders have captions to be remarked on")
+        return lines
 
     def problem(self, place: str, message: str, remedy: str = "") -> None:
         """Note something that stops the run."""

@@ -104,7 +104,11 @@ def scan(
         ),
         # Several datasets may find the same of one folder.
         skipped=tuple(dict.fromkeys(findings.skipped)),
-        warnings=tuple(dict.fromkeys([*findings.warnings, *findings.remarks.lines()])),
+        warnings=tuple(
+            dict.fromkeys(
+                [*findings.caption_lines(), *findings.warnings, *findings.remarks.lines()]
+            )
+        ),
         problems=tuple(dict.fromkeys(findings.problems)),
         duplicates=duplicates,
         index=index,

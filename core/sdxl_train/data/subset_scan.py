@@ -161,14 +161,12 @@ class SubsetScan:
                 self.findings.problem(str(path), "has no caption", remedy)
         elif bare:
             used = f"the class tokens {subset.class_tokens!r}" if subset.class_tokens else "nothing"
-            self.findings.warnings.append(
-                f"{subset.source}: {len(bare)} of {len(records)} images "
-                f"have no caption{'' if subset.metadata_file else ' file'}; their caption is {used}"
+            remark = (
+                f"{len(bare)} of {len(records)} images have no "
+                f"caption{'' if subset.metadata_file else ' file'}; their caption is {used}"
             )
-        self.findings.warnings += [
-            f"{subset.source}: {warning}"
-            for warning in caption_warnings(captioned, subset.captions)
-        ]
+            self.findings.captions(subset.source, [remark])
+        self.findings.captions(subset.source, caption_warnings(captioned, subset.captions))
 
     def _record(self, read: Read) -> ImageRecord | None:
         subset, text = self.subset, self.subset.class_tokens or ""

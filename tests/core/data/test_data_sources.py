@@ -354,6 +354,16 @@ def test_of_a_film_the_first_picture_is_used_and_told(
     assert load_image(path).getpixel((32, 32)) == (255, 0, 0)
 
 
+def test_of_thousands_of_folders_some_are_remarked_on(
+    tmp_path: Path, make_image: MakeImage, make_scan: MakeScan
+) -> None:
+    for number in range(25):
+        make_image(tmp_path / f"1_{number:02}" / "a.png", (64, 64 + number))
+    lines = [line for line in make_scan(train_data_dir=tmp_path).warnings if "caption" in line]
+    assert lines[19].startswith(f"{tmp_path / '1_19'}: 1 of 1 images have no caption file")
+    assert lines[20:] == ["5 more folders have captions to be remarked on"]
+
+
 def test_an_unreadable_folder_is_a_problem(
     tmp_path: Path, make_image: MakeImage, make_scan: MakeScan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,22 @@ def test_41_a_folder_without_images_is_told_with_what_it_holds(
     assert "image type .gif is not supported" in problem
 
 
+def test_of_many_folders_the_plan_prints_some(
+    tmp_path: Path, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(23):
+        folder = tmp_path / "data" / f"1_{number:02}"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / "a.png")
+    words = [f"--train_data_dir={tmp_path / 'data'}", f"--output_dir={tmp_path / 'out'}"]
+    words += ["--resolution=64", "--network_module=networks.lora", "--max_train_steps=1"]
+    assert main(["plan", f"--pretrained_model_name_or_path={tiny_file}", *words]) == 0
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'data' / '1_19'}: 1 image, " in printed
+    assert "1_20" not in printed
+    assert "and 3 more folders: 3 images (--json tells of each)" in printed
+
+
 def test_42_a_folder_named_twice_is_used_once(cats: Path, check_run: CheckRun) -> None:
     path = cats.parent / "data.toml"
     path.write_text(GOOD + "[[datasets.subsets]]\nimage_dir = 'cats'\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.cli.console import warn
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.data.dataset_options import DEFAULT
+from sdxl_train.data.findings import MOST_FOLDERS
 from sdxl_train.errors import UserError
 from sdxl_train.settings import is_on
 
@@ -119,7 +120,7 @@ def _datasets(datasets: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
     """Tell of each dataset and subset what it has, and the values that somebody set."""
     for number, dataset in enumerate(datasets, start=1):
         yield f"dataset {number}", _set_values(dataset["options"]) or "all values are defaults"
-        for subset in dataset["subsets"]:
+        for subset in dataset["subsets"][:MOST_FOLDERS]:
             own = {
                 name: option
                 for name, option in subset["options"].items()
@@ -130,6 +131,9 @@ def _datasets(datasets: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
             has += f", {subset['masks']} with a mask" if subset["masks"] else ""
             values = _set_values(own)
             yield "", f"{subset['source']}: {has}" + (f"; {values}" if values else "")
+        if more := dataset["subsets"][MOST_FOLDERS:]:
+            images = _count(sum(subset["images"] for subset in more), "image")
+            yield "", f"and {_count(len(more), 'more folder')}: {images} (--json tells of each)"
 
 
 def _set_values(options: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 _STOP = (signal.SIGINT, signal.SIGTERM)
 _SAVE: tuple[signal.Signals, ...] = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
+
+
+_PR_SET_PDEATHSIG = 1
+"""Of Linux's ``prctl``: the signal to get when the parent ends."""
 
 
 class Terminated(BaseException):
@@ -42,10 +48,13 @@ def early_signals() -> Iterator[None]:
 
 
 def leave_to_parent(worker: int) -> None:
-    """Have a worker process pass over what a terminal sends to all: its parent ends it in time."""
+    """Have a worker process end with its parent, and pass over what a terminal sends to all."""
     for number in (signal.SIGINT, *_SAVE):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        # Where the parent is killed, its connections last as long as a forked worker holds them.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.end_to_end.conftest import as_flags
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
     from multiprocessing.context import ForkServerContext
 
     from torch import Tensor
@@ -268,6 +269,30 @@ def test_killed_process_ends_all_with_the_cause_told_once_and_a_new_job_goes_on(
     assert codes == [0, 0], errors
     assert ("resumed from" in errors) == ("cache" not in death[1])
     _assert_close(load_file(Path(job["output_dir"]) / "photo.safetensors"), straight)
+
+
+def work_in_a_fork(door: Connection) -> None:
+    """Fork a worker as a data loader does, and wait with it for ever."""
+    from sdxl_train.signals import leave_to_parent
+
+    if os.fork() == 0:
+        leave_to_parent(0)
+        door.send("here")
+    signal.pause()
+
+
+def test_worker_of_a_killed_process_ends_at_once(processes: ForkServerContext) -> None:
+    # Or it would hold the connections that the others wait on.
+    here, there = processes.Pipe()
+    process = processes.Process(target=work_in_a_fork, args=(there,))
+    process.start()
+    there.close()
+    assert here.recv() == "here"
+    process.kill()
+    assert here.poll(60)
+    with pytest.raises(EOFError):
+        here.recv()
+    process.join()
 
 
 def test_wrong_input_is_told_once(job: dict[str, Any], run_two: RunTwo) -> None:

@@ -15,7 +15,7 @@ from sdxl_train.cli import cache, components, plan, plugins, schema, train
 from sdxl_train.cli.console import configure_output, discard_output, report, warn
 from sdxl_train.cli.help import HINT, USAGE, command_help, training_help
 from sdxl_train.cli.invocation import Invocation
-from sdxl_train.errors import SdxlTrainError, UserError
+from sdxl_train.errors import LostConnectionError, SdxlTrainError, UserError
 from sdxl_train.launch import launched
 from sdxl_train.registry import Registry
 from sdxl_train.settings import from_words, merge
@@ -42,7 +42,11 @@ PATIENCE = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``sdxl-train`` with these words and give the exit code."""
-    code = _main(argv)
+    try:
+        code = _main(argv)
+    except LostConnectionError as error:  # the main process may be the lost one: wait for nobody
+        report(error)
+        return 1
     if code and not launched().main:
         # A launcher ends the others as soon as one has failed; the main one may still be speaking.
         time.sleep(PATIENCE)
@@ -62,6 +66,8 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         report(error)
         return 2
+    except LostConnectionError:
+        raise
     except SdxlTrainError as error:
         report(error)
         return 1

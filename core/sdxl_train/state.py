@@ -321,5 +321,6 @@ def _replace_folder(new: Path, final: Path) -> None:
 
 def states_nearby(folder: Path) -> str:
     """Name the complete states in a folder that is none, and beside it; empty without any."""
-    near = [path for place in (folder, folder.parent) for _, path in complete_states(place)]
+    found = [path for place in (folder, folder.parent) for _, path in complete_states(place)]
+    near = [path for path in found if path != folder]
     return f"states here: {', '.join(str(path) for path in near[-5:])}" if near else ""

@@ -96,6 +96,20 @@ def test_what_is_no_state_names_those_nearby_90(
     assert "states here" not in text
 
 
+def test_a_state_that_lacks_a_file_is_told_before_the_start_92(
+    first: Trained, planned: Planned, tmp_path: Path
+) -> None:
+    state = shutil.copytree(first.folder / "photo-step00000001-state", tmp_path / "photo-state")
+    (state / "optimizer.safetensors").unlink()
+    code, text = planned(["--resume", str(state)], lr_scheduler="constant", max_train_steps=3)
+    assert code == 2
+    assert "is no complete state: it has no optimizer.safetensors" in text
+    assert "states here" not in text
+    reset = ["--resume", str(state), "--reset_optimizer"]
+    _, text = planned(reset, lr_scheduler="constant", max_train_steps=3)
+    assert "is no complete state" not in text  # for its weights are there
+
+
 @pytest.mark.parametrize(
     ("content", "fault"),
     [

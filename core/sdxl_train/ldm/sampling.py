@@ -16,6 +16,7 @@ from diffusers import (
 from torch import nn
 
 from sdxl_train.ldm.samplers import SAMPLERS
+from sdxl_train.libraries import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -117,7 +118,9 @@ class LdmSampler:
 
         Prompts come encoded, and the VAE decodes in a precision of its own.
         """
-        kind = getattr(diffusers, self.model.family.pipeline)
+        # Imports image processors too, which have opinions about torchvision.
+        with quiet("transformers"):
+            kind = getattr(diffusers, self.model.family.pipeline)
         others: dict[str, bool | None] = {
             name: None if parameter.default is inspect.Parameter.empty else False
             for name, parameter in inspect.signature(kind).parameters.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,11 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_train.cli import main
+from sdxl_train.cli.console import configure_output
 
 if TYPE_CHECKING:
     import pytest
 
     from tests.core.conftest import Command, Site
+
+
+def test_a_second_run_in_a_process_says_everything_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for _ in range(2):
+        configure_output()
+        for _ in range(3):
+            logging.getLogger("sdxl_train.run").info("latents on disk: 8 reused")
+    assert capsys.readouterr().err == "latents on disk: 8 reused\n" * 2
 
 
 def test_an_unknown_command_names_the_nearest(command: Command) -> None:

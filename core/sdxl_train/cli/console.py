@@ -39,8 +39,9 @@ class _Console(logging.StreamHandler[TextIO]):
             super().emit(record)
 
     def begin_anew(self) -> None:
-        """Write everything to standard error."""
+        """Write everything to standard error, also what an earlier run in this process said."""
         self.setLevel(logging.NOTSET)
+        self.filters = [concerns_the_run, _Once()]
         if self.file is not None:
             self.file.close()
         self.file = None
@@ -81,8 +82,6 @@ def configure_output() -> None:
     console = _console()
     if console is None:
         console = _Console()
-        console.addFilter(concerns_the_run)
-        console.addFilter(_Once())
         logging.getLogger().addHandler(console)
     console.begin_anew()
     allow_bars(allowed=True)

@@ -56,8 +56,12 @@ class Plan:
         return {**document, "errors": []}
 
 
-def make_plan(prepared: Prepared) -> Plan:
+def make_plan(prepared: Prepared, *, foretells_peak: bool = False) -> Plan:
     """Plan a run from the shapes of its model; no weights are read.
+
+    Args:
+        prepared: The run.
+        foretells_peak: Tell the peak of memory too, which takes some seconds.
 
     Raises:
         UserError: If the model or the network cannot be built as asked.
@@ -75,8 +79,15 @@ def make_plan(prepared: Prepared) -> Plan:
         for group in assembly.groups
     ]
     room = _room(prepared, assembly)
-    model = assembly.model
+    memory, model = _memory(prepared, assembly), assembly.model
     lengths = CaptionLengths.of(prepared.scan, model.max_tokens, model.count_tokens)
+    warnings = [*prepared.warnings, *lengths.remarks(), *_rate_remarks(config, groups), *room]
+    if foretells_peak:
+        # It takes a part of torch that other plans do without.
+        from sdxl_train.footprint import foretell, remarks
+
+        memory |= foretell(prepared, assembly, memory)
+        warnings += remarks(config, memory)
     return Plan(
         plugins=[
             {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
@@ -96,8 +107,8 @@ def make_plan(prepared: Prepared) -> Plan:
         validations=_validation_steps(prepared),
         modules=assembly.parts,
         groups=groups,
-        memory=_memory(prepared, assembly),
-        warnings=[*prepared.warnings, *lengths.remarks(), *_rate_remarks(config, groups), *room],
+        memory=memory,
+        warnings=warnings,
     )
 
 

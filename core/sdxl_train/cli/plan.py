@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 
 _SUMMARY = "Check the options of a run and print what it would do; no weights are read."
 _USAGE = f"""\
-usage: sdxl-train plan FLAGS [--num_processes N] [--json]
+usage: sdxl-train plan FLAGS [--num_processes N] [--memory] [--json]
 
 {_SUMMARY}
 
   FLAGS             those of training: see `sdxl-train --help`
   --num_processes   how many processes would train together, as with `accelerate launch`
+  --memory          foretell the peak of memory too, by a step on tensors without data
   --json            one object: plugins, options, dataset, steps, saves, samples, validations,
                     modules, groups, memory, warnings, errors; with errors, the exit code is 2"""
 
@@ -35,7 +36,7 @@ def run(invocation: Invocation) -> int:
     # Help, which has this module's command in its list, needs none of that.
     from sdxl_train.preflight import prepare
 
-    as_json = invocation.take_switch("json")
+    as_json, foretells_peak = invocation.take_switch("json"), invocation.take_switch("memory")
     try:
         processes = invocation.take_number("num_processes")
         invocation.refuse_leading()
@@ -46,7 +47,7 @@ def run(invocation: Invocation) -> int:
         prepared = prepare(invocation.settings, invocation.host, start=False, processes=processes)
         from sdxl_train.planning import make_plan
 
-        plan = make_plan(prepared)
+        plan = make_plan(prepared, foretells_peak=foretells_peak)
     except UserError as error:
         if as_json:
             print(json.dumps({"errors": [str(problem) for problem in error.problems]}, indent=2))
@@ -89,8 +90,7 @@ def print_plan(plan: Plan) -> None:
     for group in plan.groups:
         rate = "rates of the optimizer's own" if group["lr"] is None else f"{group['lr']:g}"
         rows.append((f"group {group['name']}", f"{group['tensors']} tensors at {rate}"))
-    weights = sum(plan.memory.values())
-    rows.append(("memory", f"{weights / 1e9:.2f} GB of weights and gradients, plus activations"))
+    rows.append(("memory", _memory(plan.memory)))
     rows.append(("plugins", ", ".join(_plugin(plugin) for plugin in plan.plugins)))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
@@ -99,6 +99,17 @@ def print_plan(plan: Plan) -> None:
         print(f"{'left out':<{width}}  {item['path']}: {item['reason']}")
     if len(dataset["skipped"]) > 5:
         print(f"{'':<{width}}  and {len(dataset['skipped']) - 5} more")
+
+
+def _memory(memory: Mapping[str, int]) -> str:
+    """Tell the peak, where it is foretold, else what is certain."""
+    if "peak_bytes" not in memory:
+        return f"{sum(memory.values()) / 1e9:.2f} GB of weights and gradients, plus activations"
+    return (
+        f"{memory['peak_bytes'] / 1e9:.2f} GB at most; activations "
+        f"{memory['activation_bytes'] / 1e9:.2f} GB, optimizer "
+        f"{memory['optimizer_bytes'] / 1e9:.2f} GB"
+    )
 
 
 def _count(number: int, one: str, several: str = "") -> str:

@@ -78,7 +78,7 @@ def test_every_flag_in_the_documents_exists(document: Path) -> None:
     mentioned = set(re.findall(r"--([a-z][a-z0-9_]+)", commands))
     elsewhere = {"json", "schema", "write", "help", "channel_offset", "half_tilt", "check"}
     # Of the framework's own commands.
-    elsewhere |= {"prune", "import_npz", "num_processes", "plot"}
+    elsewhere |= {"prune", "import_npz", "num_processes", "plot", "memory"}
     # Of plugins that come with the checkout.
     elsewhere |= {"v2"}
     assert mentioned - elsewhere - _known_flags() == set()

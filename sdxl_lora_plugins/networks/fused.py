@@ -8,6 +8,7 @@ input is converted once for both.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -43,10 +44,11 @@ def adapted(x: Tensor, layer: FrozenLayer, down: Tensor, up: Tensor, scale: floa
         [..., out], or [B, out, h, w], in the dtype of autocast where that is on, else of ``x``.
     """
     device = x.device.type
-    is_mixed = torch.is_autocast_enabled(device)
+    # The meta device, on which shapes and operations are counted, has no autocast to ask for.
+    is_mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if is_mixed else x.dtype
     tensors = [tensor.to(dtype) for tensor in (x, down, up.flatten(1))]
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if is_mixed else nullcontext():
         output: Tensor
         if isinstance(layer, nn.Linear):
             output = _Linear.apply(*tensors, layer.weight, layer.bias, scale)  # type: ignore[no-untyped-call]

@@ -127,3 +127,12 @@ def test_only_plain_frozen_layers_are_computed_so() -> None:
     assert not can_fuse(reflecting)
     assert not can_fuse(nn.Linear(4, 4))
     assert not can_fuse(Other(4, 4).requires_grad_(requires_grad=False))
+
+
+@layers
+def test_shapes_are_found_without_values(name: str) -> None:
+    layer = _frozen(name)
+    tensors = _tensors(layer)
+    shape = _by_merged_weight(layer, *tensors).shape
+    on_meta = [tensor.to("meta") for tensor in tensors]
+    assert adapted(on_meta[0], layer.to("meta"), *on_meta[1:], SCALE).shape == shape

@@ -5,6 +5,7 @@ Ids begin with the number of the catalogue of bad inputs that the project was gi
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,7 @@ def test_prediction_type_of_a_marker_is_taken_and_only_forced_away_70(
     save_file({**load_file(tiny_file), "v_pred": torch.zeros(1)}, path)
     chosen = options(pretrained_model_name_or_path=str(path))
 
+    caplog.set_level(logging.INFO, "sdxl_train")
     sdxl_train.plan(chosen)
     assert "the model predicts v_prediction (its marker v_pred)" in caplog.text
     forced = sdxl_train.plan({**chosen, "v_parameterization": False})

@@ -145,7 +145,7 @@ def test_a_run_that_resumes_into_another_folder_brings_pictures_and_norms(
     }
     again = train_lora(**dict(watched.options) | changes)
     record = json.loads((again.folder / "again.run.json").read_text(encoding="utf-8"))
-    assert record["notes"]["weight_norms"]["steps"] == [0, 1, 2, 3, 4]
+    assert record["notes"]["weight_norms"]["steps"] == [0, 4]
     samples = record["notes"]["samples"]
     assert [sample["step"] for sample in samples] == [0, 2, 4]
     assert all((again.folder / sample["path"]).is_file() for sample in samples)

@@ -26,7 +26,7 @@ PREFLIGHT = ("sdxl_train.preflight:BatchPlan", 1)
 CACHING = ("sdxl_train.ldm.loaded:LoadedLdm.encode_images", 2)
 TRAINING = ("sdxl_train.loop:batch_loss", 2)
 SAVING = ("sdxl_train.tensor_file:_bytes", 3)
-SAMPLING = ("sdxl_lora_plugins.observers.sampling:Sampling._take", 1)
+SAMPLING = ("sdxl_lora_plugins.observers.sampling:Sampling._draw", 1)
 CLOSING = ("sdxl_train.run:Trainer.close", 1)
 
 

@@ -23,6 +23,7 @@ from sdxl_train.ldm import configs, names
 from sdxl_train.ldm.family import UNET, VAE
 from sdxl_train.ldm.headers import PICKLED, BadFileError, Header, counted, read_header
 from sdxl_train.ldm.origins import Origin, clip_origin, openclip_origin
+from sdxl_train.ldm.unfilled import without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +106,7 @@ class Checkpoint:
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """Load the U-Net."""
         config = self._configure(lambda shapes: configs.unet_config(shapes, self.family))
-        with torch.device("meta"):
+        with without_weights():
             unet = UNet2DConditionModel(**config)
         self._fill(unet, unet_origins(unet), "U-Net", dtype)
         return unet
@@ -119,7 +120,7 @@ class Checkpoint:
     def _text_encoder(self, encoder: ClipEncoder, dtype: torch.dtype, attention: str) -> nn.Module:
         config = self._configure(lambda shapes: configs.clip_config(shapes, encoder))
         kind = CLIPTextModelWithProjection if encoder.projects else CLIPTextModel
-        with torch.device("meta"):
+        with without_weights():
             module: nn.Module = kind(CLIPTextConfig(**config, attn_implementation=attention))
         shapes = self.header.shapes
         self._fill(module, clip_origins(module, encoder, shapes), encoder.short_title, dtype)
@@ -132,7 +133,7 @@ class Checkpoint:
         """Load the VAE, of a whole checkpoint or a file of its own."""
         prefix = vae_prefix(self.header.shapes)
         config = self._configure(lambda shapes: configs.vae_config(shapes, self.family, prefix))
-        with torch.device("meta"):
+        with without_weights():
             vae = AutoencoderKL(**config)
         self._fill(vae, vae_origins(vae, self.header.shapes), "VAE", dtype)
         return vae

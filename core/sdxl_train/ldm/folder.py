@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from sdxl_train.errors import UserError
 from sdxl_train.ldm.headers import counted
 from sdxl_train.ldm.sources import variant_of
+from sdxl_train.ldm.unfilled import without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,7 +52,7 @@ def load_text_encoders(
 
 def _load_diffusers(kind: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     if device.type == "meta":
-        with device:
+        with without_weights():
             return _cast(kind.from_config(kind.load_config(folder)), dtype)
     model, report = kind.from_pretrained(
         folder,
@@ -70,7 +71,7 @@ def _load_transformers(
 ) -> Any:
     if device.type == "meta":
         config = CLIPTextConfig.from_pretrained(folder, attn_implementation=attention)
-        with device:
+        with without_weights():
             return _cast(kind(config), dtype)
     with _quiet_transformers():
         model, report = kind.from_pretrained(

@@ -134,5 +134,5 @@ def test_shapes_are_found_without_values(name: str) -> None:
     layer = _frozen(name)
     tensors = _tensors(layer)
     shape = _by_merged_weight(layer, *tensors).shape
-    on_meta = [tensor.to("meta") for tensor in tensors]
-    assert adapted(on_meta[0], layer.to("meta"), *on_meta[1:], SCALE).shape == shape
+    x, down, up = (tensor.to("meta") for tensor in tensors)
+    assert adapted(x, layer.to("meta"), down, up, SCALE).shape == shape

@@ -20,32 +20,11 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdxl_lora_plugins.made_up_parts import TE1, TE2, UNET, VAE
 from sdxl_lora_plugins.model import SDXL
 from sdxl_train import TensorEntry, write_tensors
 from sdxl_train.ldm import checkpoint
 
-UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-TE1 = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-TE2 = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
 POOL = torch.randn(80_000_000, generator=torch.Generator().manual_seed(0))
 """Random values of which every tensor takes some."""
 
@@ -54,10 +33,8 @@ def sdxl_shapes() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]
     """Give the shapes of a single-file SDXL, and of the layers that a LoRA can be for."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**UNET)
-        te1 = CLIPTextModel(CLIPTextConfig(**TE1, num_attention_heads=12))
-        te2 = CLIPTextModelWithProjection(
-            CLIPTextConfig(**TE2, num_attention_heads=20, projection_dim=1280)
-        )
+        te1 = CLIPTextModel(CLIPTextConfig(**TE1))
+        te2 = CLIPTextModelWithProjection(CLIPTextConfig(**TE2))
         vae = AutoencoderKL(**VAE)
     origins = (
         (unet, checkpoint.unet_origins(unet)),

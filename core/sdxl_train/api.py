@@ -78,7 +78,7 @@ def train(
     plan = make_plan(prepared)
     for text in plan.warnings[len(prepared.warnings) :]:
         logger.warning("%s", text)
-    return execute(prepared, plan, lap=lap) if lap else execute(prepared, plan)
+    return execute(prepared, plan, lap=lap)
 
 
 def _prepared(

@@ -158,11 +158,9 @@ class RunResult:
     observer_failures: dict[str, str] = field(default_factory=dict)
 
 
-def _ignored(phase: str) -> None:
-    """Do nothing at the end of a phase."""
-
-
-def execute(prepared: Prepared, plan: Plan, *, lap: Callable[[str], None] = _ignored) -> RunResult:
+def execute(
+    prepared: Prepared, plan: Plan, *, lap: Callable[[str], None] | None = None
+) -> RunResult:
     """Run what was prepared and planned.
 
     Args:
@@ -179,10 +177,14 @@ def execute(prepared: Prepared, plan: Plan, *, lap: Callable[[str], None] = _ign
         ranks = join(prepared.config.processes)
         accelerator = make_accelerator(prepared.config)
         with ranks.together():
-            return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks, lap)
+            return _execute(_as_in_main(prepared, ranks), plan, accelerator, ranks, lap or _ignored)
     except BaseException as error:
         blame(error, plugins)
         raise
+
+
+def _ignored(phase: str) -> None:
+    """Do nothing at the end of a phase."""
 
 
 def _execute(
@@ -201,7 +203,7 @@ def _execute(
         )
         return RunResult(steps=prepared.start)
     with sole_writer(prepared.config) if ranks.main else nullcontext():
-        trainer = Trainer(prepared, plan, accelerator, ranks, lap=lap)
+        trainer = Trainer(prepared, plan, accelerator, ranks, lap)
         # Until all is written: a launcher signals every process when one of them fails.
         with RunSignals(patience=ranks.patience) as signals:
             ranks.listen(signals)
@@ -225,8 +227,7 @@ class Trainer:
         plan: Plan,
         accelerator: Accelerator,
         ranks: Ranks,
-        *,
-        lap: Callable[[str], None] = _ignored,
+        lap: Callable[[str], None],
     ) -> None:
         config = prepared.config
         self.lap = lap

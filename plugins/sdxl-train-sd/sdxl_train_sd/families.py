@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -109,7 +110,8 @@ SD1: Final = Family(
 )
 """Stable Diffusion 1.1 to 1.5."""
 
-SD2: Final = Family(
+SD2: Final = replace(
+    SD1,
     title=TITLES[True],
     checkpoint=f"a {TITLES[True]} checkpoint",
     text_encoders=(
@@ -131,19 +133,8 @@ SD2: Final = Family(
             cache_name="stabilityai_stable-diffusion-2",
         ),
     ),
-    layout=_LAYOUT,
-    unet_naming="diffusers",
-    blocks=_BLOCKS,
-    recognize=_recognize,
-    model_types=_MODEL_TYPES,
     other_network=partial(_other_network, is_v2=True),
-    contexts=_CONTEXTS,
-    latent_scaling=0.18215,
-    usual_layer=1,
-    final_norm=True,
-    pipeline="StableDiffusionPipeline",
-    npz="_sd",
-    pickles=True,
+    num_heads=None,
     metadata=partial(_metadata, is_v2=True),
 )
 """Stable Diffusion 2.0 and 2.1, which predict noise (512) or velocity (768-v)."""

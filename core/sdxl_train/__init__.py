@@ -56,13 +56,13 @@ if TYPE_CHECKING:
     from sdxl_train.libraries import quiet
     from sdxl_train.library_components import LibraryOptimizer, LibraryScheduler
     from sdxl_train.loop import StepResult
+    from sdxl_train.observed import Run, RunResult
     from sdxl_train.pace import Pace
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
     from sdxl_train.progress import shows_bars
     from sdxl_train.recorded import recorded_settings
     from sdxl_train.rng import derive_seed
-    from sdxl_train.run import Run, RunResult
     from sdxl_train.schedule import NoiseSchedule, PredictionType
     from sdxl_train.tensor_file import TENSOR_DTYPES, TensorEntry, hashes_of, write_tensors
     from sdxl_train.toml_files import read_text, read_toml
@@ -91,8 +91,8 @@ _HOMES = {
     "SampledImage": "sdxl_train.pictures",
     "derive_seed": "sdxl_train.rng",
     "Plan": "sdxl_train.planning",
-    "Run": "sdxl_train.run",
-    "RunResult": "sdxl_train.run",
+    "Run": "sdxl_train.observed",
+    "RunResult": "sdxl_train.observed",
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",
     "TENSOR_DTYPES": "sdxl_train.tensor_file",

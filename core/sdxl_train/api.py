@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from sdxl_train.components import Component
+    from sdxl_train.observed import RunResult
     from sdxl_train.options import Setting
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
-    from sdxl_train.run import RunResult
 
 
 logger = logging.getLogger(__name__)

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.errors import Problem
+    from sdxl_train.observed import Run
     from sdxl_train.pictures import ImageSampler
-    from sdxl_train.run import Run
     from sdxl_train.schedule import NoiseSchedule, PredictionType
 
 

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
         Weighting,
     )
     from sdxl_train.loop import StepResult
+    from sdxl_train.observed import Run
     from sdxl_train.pictures import SampledImage
-    from sdxl_train.run import Run
     from sdxl_train.validation import ValidationResult
 
 PROJECT = "sdxl_train"

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sdxl_train.accelerator import make_accelerator
-from sdxl_train.assembly import WEIGHT_DTYPES, Assembly, assemble, build_optimizer
+from sdxl_train.assembly import assemble, build_optimizer
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
-from sdxl_train.checked import checked_loss, checked_noise, checked_timesteps, checked_weights
 from sdxl_train.checkpoint import write_atomically
-from sdxl_train.components import LimitedAdapter, WeightAverage
+from sdxl_train.components import WeightAverage
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.document import (
@@ -35,21 +32,22 @@ from sdxl_train.earlier import clear_the_way, sole_writer
 from sdxl_train.errors import TrainingError, UserError
 from sdxl_train.evaluation import Evaluation
 from sdxl_train.events import Events
-from sdxl_train.fused import FusedBackward
 from sdxl_train.history import History
-from sdxl_train.loop import Step, StepResult, train
+from sdxl_train.loop import StepResult, train
+from sdxl_train.observed import Run, RunResult
 from sdxl_train.pace import Pace
 from sdxl_train.process_group import digest, join
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.remarks import Remarks
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options
-from sdxl_train.rng import Streams, derive_seed
-from sdxl_train.rounding import WideSteps
+from sdxl_train.rng import derive_seed
 from sdxl_train.saver import Saver
 from sdxl_train.signals import RunSignals
 from sdxl_train.state import load_observers, well_formed
 from sdxl_train.state_transfer import within_reach
+from sdxl_train.step_building import build_step
 from sdxl_train.supply import Supply
+from sdxl_train.update import Update
 from sdxl_train.validation import (
     Validation,
     ValidationResult,
@@ -60,102 +58,19 @@ from sdxl_train.validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
     from torch import Tensor
 
     from sdxl_train.checkpoint import Checkpoint
-    from sdxl_train.components import NoiseTransform
-    from sdxl_train.config import RunConfig
-    from sdxl_train.counts import StepCounts
-    from sdxl_train.data.batches import Batch
     from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
-    from sdxl_train.ranks import Ranks, ShareOut
+    from sdxl_train.ranks import Ranks
     from sdxl_train.resume import ResumePoint
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run as observers see it.
-
-    Attributes:
-        config: Its checked options.
-        plan: What it will do.
-        assembly: The model and the network; an observer must leave them as they are.
-        output_dir: Where its files go.
-        name: Stem of the names of its files.
-        seed: Its seed; observers derive theirs from it.
-        counts: How long it is.
-        first_step: Optimizer steps that count as done before: 0 unless it goes on from others.
-        resolution: The largest (width, height) that it trains at.
-        history: The numbers of the steps so far.
-        notes: What observers add to ``NAME.run.json``, each under a name of its own: plain JSON
-            values. A run that goes on from a state with a record beside it begins with those.
-        earlier_folder: Where the state lies that it goes on from, with that record; None without.
-        document: Gives what ``NAME.run.json`` would hold now.
-        tell: Tells every observer of an event that happens in one:
-            ``run.tell("images_sampled", run=run, images=...)``.
-        evaluation: Gives a context in which training stands still, for who uses the model beside
-            it: ``with run.evaluation(): ...``. See :meth:`.Evaluation.pause`.
-        stopping: Tells whether a signal asked the run to stop: long work may leave the rest out.
-        main: Whether this is the process that writes files. The others have only observers that
-            act everywhere (:attr:`.Observer.everywhere`).
-        share_out: Deals work to all processes and gives the results in order, in every process:
-            ``run.share_out(pieces, do)``, where ``do(own_pieces)`` yields a result for each.
-            For observers that act everywhere, and values that can be pickled.
-    """
-
-    config: RunConfig
-    plan: Plan
-    assembly: Assembly
-    output_dir: Path
-    name: str
-    seed: int
-    counts: StepCounts
-    first_step: int
-    resolution: tuple[int, int]
-    history: History
-    notes: dict[str, Any]
-    earlier_folder: Path | None
-    document: Callable[[], dict[str, Any]]
-    tell: Callable[..., None]
-    evaluation: Callable[[], AbstractContextManager[None]]
-    stopping: Callable[[], bool]
-    main: bool
-    share_out: ShareOut
-
-
-@dataclass(kw_only=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        exit_code: 0 when it came to its end; 128 plus the signal that stopped it.
-        steps: Optimizer steps done.
-        skipped_steps: Those of them that an fp16 overflow left without effect, those before the
-            run was resumed included.
-        files: The networks it wrote that are still there.
-        final_loss: Mean loss of the last step.
-        validations: The losses on held-out images, in the order of steps, those before the run was
-            resumed included.
-        stopped_early: Whether ``--early_stop_patience`` ended it.
-        observer_failures: What went wrong in which observer.
-    """
-
-    exit_code: int = 0
-    steps: int = 0
-    skipped_steps: int = 0
-    files: list[Path] = field(default_factory=list)
-    final_loss: float | None = None
-    validations: list[ValidationResult] = field(default_factory=list)
-    stopped_early: bool = False
-    observer_failures: dict[str, str] = field(default_factory=dict)
 
 
 def execute(
@@ -250,15 +165,11 @@ class Trainer:
             swaps_weights=config.optimizer.train_eval_modes,
             autocast=self.accelerator.autocast,
         )
-        # Before accelerate takes note of the method `step`, which a schedule replaces.
         self.scheduler = config.build_schedule(optimizer, prepared.counts.step_plan)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        self.fused = (
-            FusedBackward(optimizer, config.training.max_grad_norm)
-            if config.training.fused_backward_pass
-            else None
+        self.update = Update(config, accelerator, ranks, optimizer, self.assembly.parameters)
+        self.step = build_step(
+            config, self.assembly, self.update, self.scheduler, seed=prepared.seed, lap=lap
         )
-        self.step = self._build_step(device)
         self.result = RunResult()
         self.status = "running"
         self.remarks = Remarks()
@@ -305,7 +216,9 @@ class Trainer:
         kept = self._restore(prepared.resume) if prepared.resume is not None else {}
         ranks.require_same(self._facts())
         self.result.steps = prepared.start
-        self.wide_steps = self._keep_narrow(optimizer)
+        self.update.keep_narrow(
+            lambda index: self.step.streams.on_device("rounding", self.result.steps, index)
+        )
         self.change = ChangeCheck(
             self.assembly.parameters, silent_steps=config.optimizer.silent_steps()
         )
@@ -550,52 +463,6 @@ class Trainer:
         average = next(sound, None)
         return average.average_after(step) if average else None
 
-    def _build_step(self, device: torch.device) -> Step:
-        config, model, adapter = self.config, self.model, self.assembly.adapter
-        schedule = model.schedule
-        pairs = zip(config.entries, config.components, strict=True)
-        names = {
-            id(component): f"{entry.kind.name} {entry.qualified}" for entry, component in pairs
-        }
-
-        def noises(phase: str) -> list[NoiseTransform]:
-            chosen = [noise for noise in config.noises if noise.phase == phase]
-            return [checked_noise(names[id(noise)], noise.build(schedule)) for noise in chosen]
-
-        return Step(
-            timesteps=checked_timesteps(
-                names[id(config.timesteps)],
-                config.timesteps.build(schedule),
-                schedule.num_timesteps,
-            ),
-            target_noises=noises("target"),
-            input_noises=noises("input"),
-            add_noise=schedule.add_noise,
-            condition=self._condition,
-            prepare_step=adapter.prepare_step,
-            predict=model.predict,
-            target=model.target,
-            without_network=self._without_network,
-            loss=checked_loss(names[id(config.loss)], config.loss.build(schedule)),
-            weightings=[
-                checked_weights(names[id(weighting)], weighting.build(schedule))
-                for weighting in config.weightings
-            ],
-            streams=Streams(self.prepared.seed, device),
-            autocast=self.accelerator.autocast,
-            backward=self.accelerator.backward,
-            add_up=self._add_up,
-            gather=self.ranks.gather,
-            clip=self.fused.grad_norm if self.fused else self._clip,
-            steps_in_backward=self.fused is not None,
-            limit_weights=adapter.limit_weights if isinstance(adapter, LimitedAdapter) else dict,
-            lap=self.lap,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            normalize_masks=config.dataset.masked_loss_normalize,
-            was_skipped=self._was_skipped if self.accelerator.scaler else None,
-        )
-
     def _build_validation(self) -> Validation | None:
         if self.prepared.validation is None:
             return None
@@ -623,7 +490,7 @@ class Trainer:
             seed=prepared.seed,
             session=derive_seed(time.time_ns(), "session") % 2**32,
             started=time.time(),
-            optimizer=describe_optimizer(self.optimizer.optimizer, self.config),
+            optimizer=describe_optimizer(self.update.bare, self.config),
             num_timesteps=self.model.schedule.num_timesteps,
             described=self._described() if self.ranks.main else {},
         )
@@ -683,51 +550,6 @@ class Trainer:
                 if self.prepared.resume is not None:
                     built.restore(self._restored_averages.get(name))
         return events
-
-    def _condition(self, batch: Batch) -> Mapping[str, Tensor]:
-        text = self.model.encode_text(batch.captions) if batch.text is None else batch.text
-        return {
-            **text,
-            "original_size": batch.original_size,
-            "crop_top_left": batch.crop_top_left,
-            "target_size": batch.target_size,
-        }
-
-    @contextmanager
-    def _without_network(self) -> Iterator[None]:
-        adapter = self.assembly.adapter
-        multiplier, adapter.multiplier = adapter.multiplier, 0.0
-        try:
-            yield
-        finally:
-            adapter.multiplier = multiplier
-
-    def _was_skipped(self) -> bool:
-        skipped = bool(self.optimizer.step_was_skipped)
-        if skipped and self.wide_steps is not None:
-            self.wide_steps.narrow()  # which no step has done
-        return skipped
-
-    def _keep_narrow(self, optimizer: torch.optim.Optimizer) -> WideSteps | None:
-        """Keep what trains in 16 bits, if that is asked for."""
-        precision = self.config.training.trained_precision
-        if precision == "no":
-            return None
-
-        def generator(index: int) -> torch.Generator:
-            return self.step.streams.on_device("rounding", self.result.steps, index)
-
-        return WideSteps(optimizer, WEIGHT_DTYPES[precision], generator)
-
-    def _add_up(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
-        if self.wide_steps is not None:
-            self.wide_steps.widen()  # or small gradients would vanish, unscaled in fp16
-        return self.ranks.add_up(self.assembly.parameters, values)
-
-    def _clip(self) -> Tensor:
-        self.accelerator.unscale_gradients(self.optimizer)
-        limit = self.config.training.max_grad_norm or float("inf")
-        return torch.nn.utils.clip_grad_norm_(self.assembly.parameters, limit)
 
 
 def _status(error: BaseException | None, result: RunResult) -> str:

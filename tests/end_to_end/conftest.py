@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.run import RunResult
+    from sdxl_train.observed import RunResult
 
 SEED = 7
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.components import Component, LoadedModel, Model
     from sdxl_train.loop import StepResult
-    from sdxl_train.run import Run, RunResult
+    from sdxl_train.observed import Run, RunResult
 
 
 @dataclass(frozen=True, kw_only=True)

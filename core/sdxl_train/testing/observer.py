@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from sdxl_train.run import Run
+    from sdxl_train.observed import Run
     from sdxl_train.testing.fixtures import TrainTiny
 
 Told = tuple[str, dict[str, Any]]

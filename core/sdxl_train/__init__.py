@@ -18,32 +18,20 @@ if TYPE_CHECKING:
     from sdxl_train.by_name import named_values, read_values
     from sdxl_train.checkpoint import Checkpoint, write_atomically
     from sdxl_train.components import (
-        Adapter,
         Command,
         Component,
         DecayRate,
-        LimitedAdapter,
-        LimitedDelta,
         LimitedNetwork,
-        LoadedModel,
         Loss,
-        LossFunction,
         Model,
         Network,
         Noise,
-        NoiseTransform,
         Observer,
         Optimizer,
-        ParameterGroup,
-        Part,
         Scheduler,
-        StepPlan,
         StepsOrShare,
         Timesteps,
-        TimestepSampler,
         TrainingCommand,
-        WeightAverage,
-        WeightFunction,
         Weighting,
     )
     from sdxl_train.config import RunConfig
@@ -61,6 +49,20 @@ if TYPE_CHECKING:
     from sdxl_train.pictures import ImageRequest, ImageSampler, SampledImage
     from sdxl_train.planning import Plan
     from sdxl_train.progress import shows_bars
+    from sdxl_train.protocols import (
+        Adapter,
+        LimitedAdapter,
+        LimitedDelta,
+        LoadedModel,
+        LossFunction,
+        NoiseTransform,
+        ParameterGroup,
+        Part,
+        StepPlan,
+        TimestepSampler,
+        WeightAverage,
+        WeightFunction,
+    )
     from sdxl_train.recorded import recorded_settings
     from sdxl_train.rng import derive_seed
     from sdxl_train.schedule import NoiseSchedule, PredictionType
@@ -93,6 +95,23 @@ _HOMES = {
     "Plan": "sdxl_train.planning",
     "Run": "sdxl_train.observed",
     "RunResult": "sdxl_train.observed",
+    **dict.fromkeys(
+        (
+            "Adapter",
+            "LimitedAdapter",
+            "LimitedDelta",
+            "LoadedModel",
+            "LossFunction",
+            "NoiseTransform",
+            "ParameterGroup",
+            "Part",
+            "StepPlan",
+            "TimestepSampler",
+            "WeightAverage",
+            "WeightFunction",
+        ),
+        "sdxl_train.protocols",
+    ),
     "NoiseSchedule": "sdxl_train.schedule",
     "PredictionType": "sdxl_train.schedule",
     "TENSOR_DTYPES": "sdxl_train.tensor_file",

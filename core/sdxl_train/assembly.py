@@ -14,8 +14,8 @@ from sdxl_train.weights import start_from
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from sdxl_train.components import Adapter, LoadedModel, ParameterGroup
     from sdxl_train.config import RunConfig
+    from sdxl_train.protocols import Adapter, LoadedModel, ParameterGroup
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Type of the frozen weights, by ``--mixed_precision``."""

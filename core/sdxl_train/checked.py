@@ -16,12 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Generator, LongTensor, Tensor
 
-    from sdxl_train.components import (
-        LossFunction,
-        NoiseTransform,
-        TimestepSampler,
-        WeightFunction,
-    )
+    from sdxl_train.protocols import LossFunction, NoiseTransform, TimestepSampler, WeightFunction
 
 
 def checked_timesteps(name: str, draw: TimestepSampler, num_timesteps: int) -> TimestepSampler:

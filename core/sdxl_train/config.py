@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from sdxl_train.components import StepPlan
     from sdxl_train.plugins import FoundPlugin
+    from sdxl_train.protocols import StepPlan
     from sdxl_train.registry import Entry
 
 OptionsT = TypeVar("OptionsT", bound=OptionModel)

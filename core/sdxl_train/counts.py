@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sdxl_train.components import StepPlan
+from sdxl_train.protocols import StepPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer as TorchOptimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from sdxl_train.components import StepPlan
     from sdxl_train.config import RunConfig
+    from sdxl_train.protocols import StepPlan
 
 
 class OfLibrary(Component):

@@ -25,12 +25,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-    from sdxl_train.components import (
-        LossFunction,
-        NoiseTransform,
-        TimestepSampler,
-        WeightFunction,
-    )
+    from sdxl_train.protocols import LossFunction, NoiseTransform, TimestepSampler, WeightFunction
     from sdxl_train.rng import Streams
 
 

@@ -10,14 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from sdxl_train.components import (
-    KINDS,
-    Component,
-    Kind,
-    Model,
-    Observer,
-    OptionModel,
-)
+from sdxl_train.components import KINDS, Component, Kind, Model, Observer, OptionModel
 from sdxl_train.config import (
     CORE_OPTIONS,
     SINGLE_KINDS,

@@ -17,7 +17,6 @@ from sdxl_train.assembly import assemble, build_optimizer
 from sdxl_train.blame import blame
 from sdxl_train.change import ChangeCheck
 from sdxl_train.checkpoint import write_atomically
-from sdxl_train.components import WeightAverage
 from sdxl_train.counts import SavePoint, with_state
 from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.document import (
@@ -37,6 +36,7 @@ from sdxl_train.loop import StepResult, train
 from sdxl_train.observed import Run, RunResult
 from sdxl_train.pace import Pace
 from sdxl_train.process_group import digest, join
+from sdxl_train.protocols import WeightAverage
 from sdxl_train.record import RunRecord, describe_optimizer
 from sdxl_train.remarks import Remarks
 from sdxl_train.resume import dataset_digest, model_identity, shaping_options

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sdxl_train.checked import checked_loss, checked_noise, checked_timesteps, checked_weights
-from sdxl_train.components import LimitedAdapter
 from sdxl_train.loop import Step
+from sdxl_train.protocols import LimitedAdapter
 from sdxl_train.rng import Streams
 
 if TYPE_CHECKING:
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
 
     from sdxl_train.assembly import Assembly
-    from sdxl_train.components import Adapter, LoadedModel, NoiseTransform
     from sdxl_train.config import RunConfig
     from sdxl_train.data.batches import Batch
+    from sdxl_train.protocols import Adapter, LoadedModel, NoiseTransform
     from sdxl_train.update import Update
 
 

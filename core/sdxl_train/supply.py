@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from sdxl_train.components import LatentReader
 from sdxl_train.data.batches import Share
 from sdxl_train.data.cache import LatentCache, MemoryStore, TextCache, latent_keys
 from sdxl_train.data.disk_store import (
@@ -23,6 +22,7 @@ from sdxl_train.data.foreign_latents import ImportingStore
 from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.loop import StepBatches
 from sdxl_train.progress import progress
+from sdxl_train.protocols import LatentReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import LoadedModel
     from sdxl_train.data.batches import Batch, BatchPlan, BatchSpec
     from sdxl_train.data.cache import LatentKey, Store
     from sdxl_train.data.entry_file import Entry
     from sdxl_train.preflight import Prepared
+    from sdxl_train.protocols import LoadedModel
     from sdxl_train.ranks import Ranks
 
 logger = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import LoadedModel
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
     from sdxl_train.data.batches import Batch
     from sdxl_train.loop import Step
+    from sdxl_train.protocols import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import Adapter, LimitedDelta, LoadedModel
+    from sdxl_train.protocols import Adapter, LimitedDelta, LoadedModel
 
 logger = logging.getLogger(__name__)
 

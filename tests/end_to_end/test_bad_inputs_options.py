@@ -15,7 +15,7 @@ import torch
 
 from sdxl_train import UserError
 from sdxl_train.cli import main
-from sdxl_train.preflight import LONGEST_NAME
+from sdxl_train.rules import LONGEST_NAME
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import MakeOptions, Planned, TrainLora

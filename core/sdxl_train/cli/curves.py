@@ -7,10 +7,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdxl_train.components import StepPlan
 from sdxl_train.counts import DEFAULT_MAX_STEPS
 from sdxl_train.errors import UserError
 from sdxl_train.options import Setting
+from sdxl_train.protocols import StepPlan
 from sdxl_train.resolve import Resolver
 from sdxl_train.settings import from_mapping, texts_of
 

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import LatentReader
     from sdxl_train.data.cache import LatentKey
     from sdxl_train.data.entry_file import Entry
     from sdxl_train.data.records import Dataset
     from sdxl_train.data.scan_index import ScanIndex
+    from sdxl_train.protocols import LatentReader
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import nn
 
-from sdxl_train.components import Part
 from sdxl_train.ldm import configs, names, text
 from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash, weights_hash
+from sdxl_train.protocols import Part
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

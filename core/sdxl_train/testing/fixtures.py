@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from sdxl_train.components import Component, LoadedModel, Model
+    from sdxl_train.components import Component, Model
     from sdxl_train.loop import StepResult
     from sdxl_train.observed import Run, RunResult
+    from sdxl_train.protocols import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

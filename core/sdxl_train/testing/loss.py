@@ -20,7 +20,7 @@ from sdxl_train.testing.functions import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdxl_train.components import LossFunction
+    from sdxl_train.protocols import LossFunction
     from sdxl_train.schedule import NoiseSchedule
 
 _ROUNDING = 1e-6

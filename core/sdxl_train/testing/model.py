@@ -18,7 +18,7 @@ from sdxl_train.testing.predictions import CAPTIONS, Predictions
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sdxl_train.components import LoadedModel
+    from sdxl_train.protocols import LoadedModel
 
 _CAPTIONS = ("a photo of a cat", "", "one, two, three, four, five, six, seven")
 

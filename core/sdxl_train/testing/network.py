@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from sdxl_train.components import Adapter, LoadedModel
+    from sdxl_train.protocols import Adapter, LoadedModel
     from sdxl_train.testing.fixtures import TinyModel
 
 _SPREAD = 0.3

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import Adapter, LoadedModel
+    from sdxl_train.protocols import Adapter, LoadedModel
 
 CAPTIONS = ("a photo of a cat", "a small drawing, blue")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pytest
 import torch
 
-from sdxl_train.components import Scheduler, StepPlan
+from sdxl_train.components import Scheduler
+from sdxl_train.protocols import StepPlan
 from sdxl_train.testing.contract import Contract, is_refused, untouched_process
 from sdxl_train.testing.state_files import through_a_file
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sdxl_train.components import Part
     from sdxl_train.ldm.family import Family
     from sdxl_train.ldm.files.network_file import NetworkFile, StoredModule
+    from sdxl_train.protocols import Part
 
 
 class Summand(NamedTuple):

@@ -106,6 +106,14 @@ class Component(OptionModel):
         """
         yield from ()
 
+    def machine_problems(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what these options ask for that this machine does not have.
+
+        A plan tells of it, a run is refused. May import torch where the options ask for something;
+        ``config.device()`` is where the run would compute.
+        """
+        yield from ()
+
     def contents(self) -> Mapping[str, str]:
         """Give what a resumed run compares of options that name a file: its content, not its place.
 
@@ -134,6 +142,11 @@ class Model(Component):
         False,
         description="Recompute activations in the backward pass: less memory, a third slower.",
     )
+
+    @property
+    def reuses_memory(self) -> bool:
+        """Whether CUDA graphs are replayed, each over what the prediction before it computed."""
+        return False
 
     def block_names(self) -> Sequence[str]:
         """Name the denoiser's blocks for which users give values one by one, in their order."""

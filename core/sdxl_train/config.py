@@ -30,6 +30,7 @@ from sdxl_train.process_options import ProcessOptions
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import device
     from torch.optim import Optimizer as TorchOptimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -282,6 +283,14 @@ class RunConfig:
             for name in self.settings
             if name.endswith(("_lr", "_lr1", "_lr2", "_lr_ratio")) or name == "learning_rate"
         ]
+
+    def device(self) -> device:
+        """Give where the run would compute on this machine. Imports torch."""
+        import torch
+
+        if self.training.device != "auto":
+            return torch.device(self.training.device)
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def build_schedule(self, optimizer: TorchOptimizer, steps: StepPlan) -> LRScheduler:
         """Build the schedule of the run, or the one that its optimizer brings with it."""

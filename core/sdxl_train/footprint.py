@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from sdxl_train.preflight import Prepared
 
 
-def training_device(config: RunConfig) -> torch.device:
-    """Give where the run would compute."""
-    if config.training.device != "auto":
-        return torch.device(config.training.device)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
 def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int]) -> dict[str, int]:
     """Give what comes on top of the bytes that are certain, and the peak of all.
 
@@ -43,7 +36,7 @@ def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int])
         assembly: On the meta device. Afterwards its tensors are fake.
         certain: Bytes by name, as in a plan.
     """
-    config, device = prepared.config, training_device(prepared.config)
+    config, device = prepared.config, prepared.config.device()
     # This process has imported what the run imports.
     process = peak_memory(torch.device("cpu"))["peak_bytes"] or 0
     base = process if device.type == "cpu" else 0
@@ -72,7 +65,7 @@ def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int])
 
 def remarks(config: RunConfig, memory: Mapping[str, int]) -> Iterator[str]:
     """Say that it does not fit, and which options to change, the mildest first."""
-    available = available_bytes(training_device(config))
+    available = available_bytes(config.device())
     if available is None or memory["peak_bytes"] <= available:
         return
     training, data = config.training, config.dataset

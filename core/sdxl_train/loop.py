@@ -251,17 +251,18 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     noise, input_noise = _draw_noise(share, drawn, latents.shape[1:], step, where)
     noise, input_noise = noise[own], input_noise[own]
     noisy = step.add_noise(latents, input_noise, timesteps)
-
-    # Dropout layers know only global generators.
-    seed_global_generators(step.streams.seed_for("dropout", *where, share.first))
-    step.prepare_step(timesteps)
-    with step.autocast():
-        prediction = step.predict(noisy, timesteps, step.condition(batch))
     target = step.target(latents, noise, timesteps)
+
+    step.prepare_step(timesteps)
     if batch.preserved is not None:
+        # First: a model that reuses its memory makes no prediction before a backward pass.
         with torch.no_grad(), step.without_network(), step.autocast():
             bare = step.predict(noisy, timesteps, step.condition(batch))
         target = torch.where(batch.preserved[:, None, None, None], bare.float(), target.float())
+    # Dropout layers know only global generators.
+    seed_global_generators(step.streams.seed_for("dropout", *where, share.first))
+    with step.autocast():
+        prediction = step.predict(noisy, timesteps, step.condition(batch))
 
     error = step.loss(prediction.float(), target.float(), timesteps)  # [B, C, h, w]
     if batch.masks is None:

@@ -17,6 +17,8 @@ def machine_problems(config: RunConfig) -> Iterator[Problem]:
 
     Imports torch, but only for options that ask for something.
     """
+    for component in config.components:
+        yield from component.machine_problems(config)
     precision, device = config.training.mixed_precision, config.training.device
     if device not in ("cuda", "mps") and precision != "fp16":
         return

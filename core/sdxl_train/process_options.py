@@ -41,14 +41,15 @@ _SETTINGS: dict[str, tuple[dict[str, str], str]] = {
     "mixed_precision": ({"mixed_precision": ""}, "no"),
     "gradient_accumulation_steps": ({"gradient_accumulation_steps": ""}, "1"),
     "dynamo_backend": ({"torch_compile": "true", "dynamo_backend": ""}, "no"),
+    "dynamo_mode": ({"dynamo_mode": ""}, "default"),
+    "dynamo_use_dynamic": ({"dynamo_use_dynamic": ""}, "false"),
     "use_cpu": ({"device": "cpu"}, "false"),
 }
 """Settings of accelerate: the options that they set, to their own value or to the one that stands
 here, and the value that says nothing."""
+_OF_COMPILER = ("dynamo_mode", "dynamo_use_dynamic")
 _UNUSED = {
-    "dynamo_mode": "default",
     "dynamo_use_fullgraph": "false",
-    "dynamo_use_dynamic": "false",
     "dynamo_use_regional_compilation": "false",
 }
 
@@ -126,16 +127,25 @@ class ProcessOptions(OptionModel):
             value = os.environ.get(f"ACCELERATE_{name.upper()}", default).lower()
             if value != default:
                 yield f"{_CONFIGURATION}'s {name} {value} has no effect: it is not offered here"
+        for name in set(_OF_COMPILER) & _said().keys() - accelerate_settings().keys():
+            yield f"{_CONFIGURATION}'s {name} has no effect without its dynamo_backend"
 
 
 def accelerate_settings() -> dict[str, Setting]:
     """Give what accelerate's launcher says, as options; the user's own come before them."""
+    said = _said()
+    idle = () if "torch_compile" in said else _OF_COMPILER
+    return {
+        option: Setting(value=Words((value,)), place=_CONFIGURATION, origin=_CONFIGURATION)
+        for option, value in said.items()
+        if option not in idle
+    }
+
+
+def _said() -> dict[str, str]:
     said: dict[str, str] = {}
     for name, (options, idle) in _SETTINGS.items():
         value = os.environ.get(f"ACCELERATE_{name.upper()}", idle).lower()
         if value != idle:
             said |= {option: fixed or value for option, fixed in options.items()}
-    return {
-        option: Setting(value=Words((value,)), place=_CONFIGURATION, origin=_CONFIGURATION)
-        for option, value in said.items()
-    }
+    return said

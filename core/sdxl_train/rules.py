@@ -31,6 +31,7 @@ def rule_problems(config: RunConfig, scanned: Scan | None) -> Iterator[Problem]:
     yield from _output_problems(config)
     yield from _precision_problems(config)
     yield from _fusion_problems(config)
+    yield from _reuse_problems(config)
     yield from _merge_problems(config)
     if config.optimizer.own_schedule and not config.scheduler.default:
         yield Problem(
@@ -136,6 +137,32 @@ def _fusion_problems(config: RunConfig) -> Iterator[Problem]:
                 message=f"does not go with {hindrance}",
                 remedy="leave one of them out; docs/optimizers.md names the optimizers that can",
             )
+
+
+def _reuse_problems(config: RunConfig) -> Iterator[Problem]:
+    """Refuse what needs gradients or weights to stay where they are, where memory is reused."""
+    training = config.training
+    if not config.model.reuses_memory:
+        return
+    hindrances = {
+        "gradient_accumulation_steps": (
+            training.gradient_accumulation_steps > 1,
+            "the next batch would be written over the gradients that are to add up",
+        ),
+        "full_bf16": (training.full_bf16, _MOVED),
+        "full_fp16": (training.full_fp16, _MOVED),
+    }
+    for name, (is_there, reason) in hindrances.items():
+        if is_there:
+            yield Problem(
+                place=config.place(name),
+                message=f"does not go with CUDA graphs, which {config.place('dynamo_mode')} asks "
+                f"for: {reason}",
+                remedy="leave one of them out",
+            )
+
+
+_MOVED = "they know weights by their place in memory, and each step rounds them into another"
 
 
 def _cache_remarks(config: RunConfig, scanned: Scan | None) -> Iterator[str]:

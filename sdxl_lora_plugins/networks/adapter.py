@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,15 @@ def initial_device(layer: nn.Module) -> torch.device:
     return weight.device if weight.is_meta else torch.device("cpu")
 
 
+def _like(layer: nn.Module) -> dict[str, Any]:
+    """Give where a layer's weight is, and how it is laid out in memory, for what adapts it."""
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.is_contiguous():
+        return {"device": weight.device}
+    return {"device": weight.device, "memory_format": torch.channels_last}
+
+
 class LayerAdapter:
     """A network of one delta for each chosen layer; implements ``sdxl_train.Adapter``.
 
@@ -125,8 +134,7 @@ class LayerAdapter:
         self.denoiser = model.denoiser
         self.targets = list(targets(model, options))
         self.layers = {
-            target.name: make_layer(target).to(target.layer.weight.device)
-            for target in self.targets
+            target.name: make_layer(target).to(**_like(target.layer)) for target in self.targets
         }
         self.multiplier = 1.0
         self._own_forwards = {

@@ -68,11 +68,15 @@ def test_one_process_where_one_was_asked_for_is_not(
 def test_settings_of_accelerate_serve_as_options(
     launched_by: Callable[[str], None], checked: Callable[..., RunConfig]
 ) -> None:
-    launched_by("--multi_gpu --num_processes 2 --mixed_precision bf16 --dynamo_backend eager")
+    launched_by(
+        "--multi_gpu --num_processes 2 --mixed_precision bf16 --dynamo_backend eager "
+        "--dynamo_use_dynamic"
+    )
     config = checked()
     assert config.training.mixed_precision == "bf16"
     resolved = config.options()
     assert resolved["torch_compile"]["value"] is True
+    assert resolved["dynamo_use_dynamic"]["value"] is True
     assert resolved["dynamo_backend"] == {"value": "eager", "origin": "accelerate's configuration"}
 
 
@@ -83,7 +87,7 @@ def test_own_options_come_first_and_differences_are_told(
     assert checked(mixed_precision="no").training.mixed_precision == "no"
     told = "\n".join(check_run(mixed_precision="no")[1])
     assert "accelerate's configuration says mixed_precision bf16; what counts is" in told
-    assert "dynamo_mode max-autotune has no effect" in told
+    assert "dynamo_mode has no effect without its dynamo_backend" in told
     assert "says mixed_precision" not in "\n".join(check_run(mixed_precision="bf16")[1])
 
 

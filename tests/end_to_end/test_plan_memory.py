@@ -76,6 +76,11 @@ def test_what_does_not_fit_is_told_with_the_options_to_change(
     whole = plan("--network_dim 4 --mixed_precision no")
     monkeypatch.setattr("sdxl_train.footprint.available_bytes", lambda device: 10**6)
     found = plan("--network_dim 4 --gradient_checkpointing --mixed_precision no")
+    some = plan(
+        "--network_dim 4 --gradient_checkpointing --checkpoint_levels 0 --mixed_precision no"
+    )
+    kept = [each["memory"]["activation_bytes"] for each in (whole, some, found)]
+    assert kept[0] > kept[1] > kept[2]
     assert found["memory"]["activation_bytes"] < 0.5 * whole["memory"]["activation_bytes"]
     (told,) = [text for text in found["warnings"] if "are available" in text]
     assert "--mixed_precision bf16, then --fp8_base" in told

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sdxl_lora_plugins.model import Sdxl
+from sdxl_lora_plugins.networks import Locon
 from sdxl_train import UserError
 from sdxl_train.ldm.fp8 import store_in_fp8
 
@@ -26,9 +27,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def a_config(*given: str) -> RunConfig:
+def a_config(*given: str, device: str = "cpu") -> RunConfig:
     stand_in: Any = SimpleNamespace(
-        place=lambda name: f"--{name}", is_set=lambda name: name in given
+        place=lambda name: f"--{name}",
+        is_set=lambda name: name in given,
+        device=lambda: torch.device(device),
     )
     return cast("RunConfig", stand_in)
 
@@ -154,6 +157,12 @@ def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
         {"mem_eff_attn": True},
         {"sdpa": False},
         {"gradient_checkpointing": True, "cpu_offload_checkpointing": True},
+        {
+            "gradient_checkpointing": True,
+            "checkpoint_levels": [0, 2],
+            "cpu_offload_checkpointing": True,
+        },
+        {"channels_last": True},
         {"disable_mmap_load_safetensors": True},
         {"torch_compile": True, "dynamo_backend": "eager"},
         {"lowram": True},
@@ -193,6 +202,92 @@ def test_mem_eff_attn_never_makes_the_whole_matrix(
 
     assert matrices(sdpa=False) > 0
     assert matrices(mem_eff_attn=True) == 0
+
+
+def test_channels_stay_side_by_side_from_convolution_to_convolution(
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedLdm],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    def images(*, channels_last: bool) -> dict[str, bool]:
+        """For what each convolution reads, and for each weight of one: is it laid out so?"""
+        found: dict[str, bool] = {}
+        model = load_sdxl(tiny_file, channels_last=channels_last)
+        for name, layer in model.denoiser.named_modules():
+            if isinstance(layer, nn.Conv2d):
+                if layer.kernel_size != (1, 1):  # whose two layouts are the same
+                    found[f"{name}.weight"] = _is_last(layer.weight)
+
+                def look(_: nn.Module, inputs: Any, name: str = name) -> None:
+                    found[name] = _is_last(inputs[0])
+
+                layer.register_forward_pre_hook(look)
+        predict(model, sizes)
+        return found
+
+    assert all(images(channels_last=True).values())
+    assert not any(images(channels_last=False).values())
+
+
+def _is_last(tensor: torch.Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_factors_of_convolutions_are_laid_out_like_their_layers(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm]
+) -> None:
+    adapter = Locon(network_dim=4, conv_dim=4).build(load_sdxl(tiny_file, channels_last=True))
+    wide = [p for m in adapter.modules() for p in m.parameters() if p.shape[2:] == (3, 3)]
+    assert wide
+    assert all(_is_last(parameter) for parameter in wide)
+
+
+def test_only_the_levels_that_are_named_recompute(
+    tiny_file: Path,
+    load_sdxl: Callable[..., LoadedLdm],
+    sizes: Callable[[int], dict[str, torch.Tensor]],
+) -> None:
+    """Resnets and transformers of a level are counted in the forward pass and the one after it."""
+
+    def computed(levels: list[int] | None) -> dict[str, int]:
+        model = load_sdxl(tiny_file, gradient_checkpointing=True, checkpoint_levels=levels)
+        counts: dict[str, int] = {}
+        blocks: dict[str, Any] = dict(model.denoiser.named_modules())
+        for name in ("down_blocks.0", "up_blocks.2", "down_blocks.1", "up_blocks.1"):
+            resnet = blocks[f"{name}.resnets.0"]
+
+            def count(*_: Any, name: str = name) -> None:
+                counts[name] = counts.get(name, 0) + 1
+
+            resnet.norm1.register_forward_hook(count)
+        middle = blocks["mid_block.attentions.0.transformer_blocks.0.norm1"]
+        middle.register_forward_hook(lambda *_: counts.update(mid=counts.get("mid", 0) + 1))
+        predict(model, sizes)
+        return counts
+
+    names = ("down_blocks.0", "up_blocks.2", "down_blocks.1", "up_blocks.1", "mid")
+    assert computed(None) == dict.fromkeys(names, 2)
+    assert computed([0]) == {**dict.fromkeys(names, 1), "down_blocks.0": 2, "up_blocks.2": 2}
+    assert computed([2]) == {**dict.fromkeys(names, 1), "mid": 2}
+
+
+def test_blocks_are_compiled_for_more_shapes_than_torch_would(
+    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(
+        "diffusers.UNet2DConditionModel.compile_repeated_blocks",
+        lambda unet, **options: compiled.append(options),
+    )
+    load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_use_dynamic=True)
+    assert torch._dynamo.config.recompile_limit == 8
+    load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_mode="max-autotune-no-cudagraphs")
+    assert torch._dynamo.config.recompile_limit == 256
+    assert compiled == [
+        {"backend": "inductor", "mode": None, "dynamic": True},
+        {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": False},
+    ]
 
 
 def test_offloading_takes_what_is_kept_to_the_cpu(
@@ -254,8 +349,22 @@ def test_xformers_is_asked_for_where_it_is_missing(
     monkeypatch.setattr("sdxl_train.ldm.memory.find_spec", lambda name: None)
     (problem,) = model.memory_problems(a_config())
     assert "pip install xformers" in problem.remedy
-    with pytest.raises(UserError, match="--xformers: needs a GPU"):
-        model.build("cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"xformers": True}, "--xformers: needs a GPU"),
+        ({"torch_compile": True, "dynamo_mode": "max-autotune"}, "--dynamo_mode: replays CUDA"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one(options: dict[str, Any], named: str) -> None:
+    model = Sdxl(pretrained_model_name_or_path="", **options)
+    config = a_config()
+    (problem,) = model.machine_problems(config)
+    assert named in str(problem)
+    assert list(model.machine_problems(a_config(device="cuda"))) == []
+    assert list(Sdxl(pretrained_model_name_or_path="").machine_problems(config)) == []
 
 
 @pytest.mark.parametrize(
@@ -263,6 +372,13 @@ def test_xformers_is_asked_for_where_it_is_missing(
     [
         ({"cpu_offload_checkpointing": True}, ("cpu_offload_checkpointing", "gradient_checkp")),
         ({"dynamo_backend": "eager"}, ("--dynamo_backend", "--torch_compile")),
+        ({"dynamo_mode": "max-autotune"}, ("--dynamo_mode", "--torch_compile")),
+        ({"dynamo_use_dynamic": True}, ("--dynamo_use_dynamic", "--torch_compile")),
+        ({"checkpoint_levels": [0]}, ("--checkpoint_levels", "--gradient_checkpointing")),
+        (
+            {"torch_compile": True, "dynamo_backend": "eager", "dynamo_mode": "max-autotune"},
+            ("--dynamo_mode", "inductor", "eager"),
+        ),
     ],
 )
 def test_memory_options_alone_that_need_another_are_refused(

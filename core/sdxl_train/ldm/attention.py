@@ -11,10 +11,7 @@ from diffusers.models.attention_processor import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdxl_train.errors import UserError
-
 if TYPE_CHECKING:
-    import torch
     from diffusers import UNet2DConditionModel
     from torch import Tensor
 
@@ -38,16 +35,8 @@ class LeanProcessor(AttnProcessor2_0):  # type: ignore[misc]
         return output
 
 
-def set_attention(unet: UNet2DConditionModel, attention: Attention, device: torch.device) -> None:
-    """Choose how a U-Net computes attention.
-
-    Raises:
-        UserError: If xformers is asked for without a GPU: its kernels run on nothing else.
-    """
-    if attention == "xformers" and device.type == "cpu":
-        raise UserError.of(
-            "--xformers", "needs a GPU, and this run has none", "leave it out, or use --sdpa"
-        )
+def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
+    """Choose how a U-Net computes attention."""
     processors = {
         "lean": LeanProcessor,
         "xformers": XFormersAttnProcessor,

@@ -60,6 +60,23 @@ class Origins:
     vae_name: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Computing:
+    """How a model computes.
+
+    Attributes:
+        offloads: Keeps on the CPU what a prediction keeps for the backward pass.
+        keeps_memory: Leaves freed device memory to this process.
+        channels_last: The channels of a pixel are side by side in memory.
+        reuses_memory: Each prediction may write over what the one before computed.
+    """
+
+    offloads: bool = False
+    keeps_memory: bool = False
+    channels_last: bool = False
+    reuses_memory: bool = False
+
+
 class LoadedLdm:
     """A base model in memory; implements ``sdxl_train.LoadedModel``.
 
@@ -73,8 +90,7 @@ class LoadedLdm:
         latent_scaling: Factor from the VAE's latents to the U-Net's.
         origins: Where the weights came from.
         device: Where the networks are.
-        offloads: Keep on the CPU what a prediction keeps for the backward pass.
-        keeps_memory: Leave freed device memory to this process.
+        computing: How it computes.
     """
 
     def __init__(
@@ -88,8 +104,7 @@ class LoadedLdm:
         latent_scaling: float,
         origins: Origins,
         device: torch.device,
-        offloads: bool = False,
-        keeps_memory: bool = False,
+        computing: Computing = Computing(),
     ) -> None:
         self.family = family
         self.denoiser: nn.Module = modules.unet
@@ -105,8 +120,8 @@ class LoadedLdm:
         self._device = device
         # Weights may be stored in less; what they are computed in is that of the first layer.
         self._dtype: torch.dtype = modules.unet.conv_in.weight.dtype
-        self._offloads = offloads
-        self._keeps_memory = keeps_memory
+        self._computing = computing
+        self._format = torch.channels_last if computing.channels_last else torch.preserve_format
         self._origins = origins
         self._merged: list[dict[str, Any]] = []
         parts = _parts(family, modules, rates)
@@ -202,9 +217,12 @@ class LoadedLdm:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""
+        if self._computing.reuses_memory:
+            # Or inference would take each compiled block for a prediction of its own.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with self._kept_for_backward():
             prediction: Tensor = self.denoiser(
-                noisy.to(self._dtype),
+                noisy.to(self._dtype, memory_format=self._format),
                 timesteps,
                 encoder_hidden_states=condition["context"].to(self._dtype),
                 added_cond_kwargs=self._added(noisy, condition),
@@ -224,7 +242,7 @@ class LoadedLdm:
         }
 
     def _kept_for_backward(self) -> AbstractContextManager[Any]:
-        if not self._offloads:
+        if not self._computing.offloads:
             return nullcontext()
         return torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda")
 
@@ -300,7 +318,7 @@ class LoadedLdm:
 
     def _free_memory(self) -> None:
         gc.collect()
-        if not self._keeps_memory and torch.cuda.is_available():
+        if not self._computing.keeps_memory and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def metadata(self) -> dict[str, str]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.finite import is_finite
 from sdxl_train.ldm import folder as folders
 from sdxl_train.ldm import hub
 from sdxl_train.ldm.attention import set_attention
+from sdxl_train.ldm.channels_last import use_channels_last
 from sdxl_train.ldm.checkpoint import Checkpoint
+from sdxl_train.ldm.compiling import compile_blocks
 from sdxl_train.ldm.fp8 import store_in_fp8
 from sdxl_train.ldm.headers import counted
-from sdxl_train.ldm.loaded import LoadedLdm, Modules, Origins
+from sdxl_train.ldm.loaded import Computing, LoadedLdm, Modules, Origins
 from sdxl_train.ldm.prediction import Said, said_by
+from sdxl_train.ldm.recomputing import recompute_encoder, recompute_unet
 from sdxl_train.ldm.sources import (
     Source,
     base_faults,
@@ -35,7 +37,7 @@ from sdxl_train.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
     from torch import nn
 
     from sdxl_train.ldm.headers import Fault
@@ -84,7 +86,7 @@ def made_ready(
 ) -> _Loaded:
     """Make a model of its parts: frozen, and stored and computed as the options say."""
     rates = options.rates()
-    _prepare(options, modules, rates.keys(), device)
+    _prepare(options, modules, rates.keys())
     return kind(
         options.family,
         modules,
@@ -94,8 +96,12 @@ def made_ready(
         latent_scaling=scaling,
         origins=origins,
         device=device,
-        offloads=options.cpu_offload_checkpointing,
-        keeps_memory=options.highvram,
+        computing=Computing(
+            offloads=options.cpu_offload_checkpointing,
+            keeps_memory=options.highvram,
+            channels_last=options.channels_last,
+            reuses_memory=options.reuses_memory,
+        ),
     )
 
 
@@ -248,51 +254,27 @@ def _require_finite(options: LdmModel, modules: Modules) -> None:
         )
 
 
-def _prepare(
-    options: LdmModel, modules: Modules, trained: Collection[str], device: torch.device
-) -> None:
-    """Freeze everything, and choose how attention and the backward pass are computed."""
+def _prepare(options: LdmModel, modules: Modules, trained: Collection[str]) -> None:
+    """Freeze everything, and choose how it is stored and computed with."""
     for module in (modules.unet, *modules.text_encoders, modules.vae):
         module.requires_grad_(False)
         module.eval()
-    set_attention(modules.unet, options.attention, device)
+    set_attention(modules.unet, options.attention)
+    if options.channels_last:
+        use_channels_last(modules.unet)
     if options.fp8_base or options.fp8_base_unet:
         store_in_fp8(modules.unet, ("down_blocks", "mid_block", "up_blocks"))
     if options.fp8_base:
         for encoder in modules.text_encoders:
             store_in_fp8(encoder, ("",))
     if options.torch_compile:
-        _compile(options, modules.unet)
+        compile_blocks(modules.unet, options)
     if options.gradient_checkpointing:
-        modules.unet.enable_gradient_checkpointing()
-        # transformers recomputes in training mode only. CLIP has no dropout, so nothing else
-        # changes by it.
+        recompute_unet(modules.unet, options.checkpoint_levels)
         forms = options.family.text_encoders
         for form, encoder in zip(forms, modules.text_encoders, strict=True):
             if form.name in trained:
-                _checkpoint_layers(encoder)
-                encoder.train()
-
-
-def _compile(options: LdmModel, unet: UNet2DConditionModel) -> None:
-    """Let the repeated blocks be compiled at their first use, one of each kind for all."""
-    known = sorted(torch._dynamo.list_backends(exclude_tags=()))
-    if options.dynamo_backend not in known:
-        raise UserError.of(
-            "--dynamo_backend",
-            f"{options.dynamo_backend!r} is no compiler of this torch",
-            f"choose one of {', '.join(known)}",
-        )
-    unet.compile_repeated_blocks(backend=options.dynamo_backend)
-
-
-def _checkpoint_layers(encoder: nn.Module) -> None:
-    """Recompute each layer in the backward pass (the protocol of GradientCheckpointingLayer)."""
-    for module in encoder.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            layer = cast("Any", module)
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+                recompute_encoder(encoder)
 
 
 def _schedule(options: LdmModel, said: Said) -> NoiseSchedule:

@@ -6,7 +6,7 @@ Light to import.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
 
 Attention = Literal["lean", "xformers", "sdpa", "explicit"]
+DynamoMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+_WITH_GRAPHS = ("reduce-overhead", "max-autotune")
+_GPU_ONLY = {
+    "xformers": (
+        "needs a GPU, and this run has none",
+        "leave it out: the default, sdpa, has the same kernels",
+    ),
+    "dynamo_mode": (
+        "replays CUDA graphs, and this run has no CUDA GPU",
+        "leave it out, or use --dynamo_mode max-autotune-no-cudagraphs",
+    ),
+}
+"""What is wrong with options that need a GPU, and what to do."""
 
 
 class MemoryOptions(Model):
@@ -55,11 +68,31 @@ class MemoryOptions(Model):
         description="With gradient_checkpointing: keep on the CPU what is kept for the backward "
         "pass.",
     )
+    checkpoint_levels: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="With gradient_checkpointing: the levels of the U-Net that recompute, from 0, "
+        "the finest. Default: all.",
+    )
+    channels_last: bool = Field(
+        False,
+        description="Keep the U-Net's convolutions and what they compute with the channels of a "
+        "pixel side by side in memory.",
+    )
     torch_compile: bool = Field(
         False, description="Compile the transformer blocks of the U-Net at their first use."
     )
     dynamo_backend: str = Field(
         "inductor", description="Compiler of torch_compile: inductor, eager, aot_eager, ..."
+    )
+    dynamo_mode: DynamoMode = Field(
+        "default",
+        description="What inductor aims at: reduce-overhead replays CUDA graphs, max-autotune does "
+        "and tries out kernels.",
+    )
+    dynamo_use_dynamic: bool = Field(
+        False,
+        description="Compile once for images of every size, not for each size: slower steps, a "
+        "sooner start with many buckets.",
     )
     lowram: bool = Field(
         False,
@@ -73,6 +106,11 @@ class MemoryOptions(Model):
         description="Read a model file into memory as a whole, instead of mapping it: faster from "
         "network drives.",
     )
+
+    @property
+    def reuses_memory(self) -> bool:
+        """CUDA graphs write what they compute to the same memory each time."""
+        return self.torch_compile and self.dynamo_mode in _WITH_GRAPHS
 
     @property
     def attention(self) -> Attention:
@@ -92,18 +130,40 @@ class MemoryOptions(Model):
                 remedy="pip install xformers, or leave it out: the default, sdpa, has the same "
                 "kernels",
             )
-        if self.cpu_offload_checkpointing and not self.gradient_checkpointing:
+        needed = {
+            "cpu_offload_checkpointing": "gradient_checkpointing",
+            "checkpoint_levels": "gradient_checkpointing",
+            "dynamo_backend": "torch_compile",
+            "dynamo_mode": "torch_compile",
+            "dynamo_use_dynamic": "torch_compile",
+        }
+        for name, other in needed.items():
+            is_set = name in self.model_fields_set and getattr(self, name) is not False
+            if is_set and not getattr(self, other):
+                yield Problem(
+                    place=config.place(name),
+                    message=f"has no effect without --{other}",
+                    remedy=f"add --{other}, or leave it out",
+                )
+        if self.dynamo_mode != "default" and self.dynamo_backend != "inductor":
             yield Problem(
-                place=config.place("cpu_offload_checkpointing"),
-                message="has no effect without --gradient_checkpointing",
-                remedy="add --gradient_checkpointing, or leave it out",
+                place=config.place("dynamo_mode"),
+                message=f"is for inductor, and {config.place('dynamo_backend')} is "
+                f"{self.dynamo_backend}",
+                remedy="leave one of them out",
             )
-        if "dynamo_backend" in self.model_fields_set and not self.torch_compile:
-            yield Problem(
-                place=config.place("dynamo_backend"),
-                message="has no effect without --torch_compile",
-                remedy="add --torch_compile, or leave it out",
-            )
+
+    def machine_problems(self, config: RunConfig) -> Iterator[Problem]:
+        """Yield what needs a GPU where there is none."""
+        needs = {
+            "xformers": self.attention == "xformers",
+            "dynamo_mode": self.reuses_memory,
+        }
+        for name, is_asked in needs.items():
+            if is_asked and config.device().type != "cuda":
+                yield Problem(
+                    place=config.place(name), message=_GPU_ONLY[name][0], remedy=_GPU_ONLY[name][1]
+                )
 
     def memory_remarks(self, config: RunConfig) -> Iterator[str]:
         """Yield which of these options do nothing."""

@@ -110,6 +110,13 @@ class LdmModel(MemoryOptions):
             )
         yield from self._network_problems(config)
         yield from self.memory_problems(config)
+        num_levels = len(self.family.layout.attention)
+        if any(level >= num_levels for level in self.checkpoint_levels or ()):
+            yield Problem(
+                place=config.place("checkpoint_levels"),
+                message=f"got {self.checkpoint_levels}, and the U-Net of {self.family.title} has "
+                f"the levels 0 to {num_levels - 1}",
+            )
         yield from self._check_training(config)
 
     def _source_problems(self, config: RunConfig) -> Iterator[Problem]:

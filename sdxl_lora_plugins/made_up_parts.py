@@ -179,4 +179,4 @@ class MadeUpModel(LoadedLdm):
 
     def release_image_encoder(self) -> None:
         """Drop the VAE, which has no weights."""
-        self.vae = None
+        self._vae = None

@@ -184,6 +184,18 @@ class LoadedModel(Protocol):
 
 
 @runtime_checkable
+class UnreadEncoders(Protocol):
+    """What a :class:`LoadedModel` has beside if it reads its encoders only when they are needed."""
+
+    def read_encoders(self, *, images: bool, text: bool) -> None:
+        """Read what will encode images, text or both, so that no fault in it shows later.
+
+        Raises:
+            UserError: If it cannot be read, or nothing can be trained on it.
+        """
+
+
+@runtime_checkable
 class LatentReader(Protocol):
     """What a :class:`LoadedModel` has beside if it can read latents that another program kept."""
 

@@ -154,8 +154,7 @@ class Trainer:
         logger.info("device %s, mixed precision %s", device, config.training.mixed_precision)
         self.assembly = assemble(config, device, prepared.seed)
         self.model = self.assembly.model
-        encoders = {id(encoder) for encoder in self.model.text_encoders}
-        trains_text = any(id(part.module) in encoders for part in self.model.parts)
+        self.trains_text = any(p.module is not self.model.denoiser for p in self.model.parts)
         optimizer = build_optimizer(config, self.assembly.groups)
         if config.optimizer.train_eval_modes:
             optimizer.train()  # type: ignore[attr-defined]
@@ -229,7 +228,7 @@ class Trainer:
             self.model,
             device,
             self.accelerator.autocast,
-            trains_text=trains_text,
+            trains_text=self.trains_text,
             ranks=ranks,
         )
         self.supply.fill_caches()
@@ -508,13 +507,15 @@ class Trainer:
         """Give what must be the same in every process, as digests."""
         if self.ranks.count == 1:
             return {}
-        modules = [self.model.denoiser, *self.model.text_encoders]
+        model = self.model
+        modules = [model.denoiser, *(model.text_encoders if self.trains_text else ())]
         # Biases and norms tell two fine-tunes apart, and take no time.
         vectors = [p for module in modules for p in module.parameters() if p.ndim == 1]
         return {
             "options": repr(shaping_options(self.config)),
             "dataset": dataset_digest(self.prepared.scan),
             "base model": digest(vectors),
+            "text encoders": "" if self.trains_text else repr(model.text_encoders_identity()),
             "network weights": digest(self.assembly.parameters),
         }
 

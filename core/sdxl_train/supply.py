@@ -22,7 +22,7 @@ from sdxl_train.data.foreign_latents import ImportingStore
 from sdxl_train.data.loader import BatchLoader, PixelLoader
 from sdxl_train.loop import StepBatches
 from sdxl_train.progress import progress
-from sdxl_train.protocols import LatentReader
+from sdxl_train.protocols import LatentReader, UnreadEncoders
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,6 +79,11 @@ class Supply:
 
     def fill_caches(self) -> None:
         """Fill the caches that the options ask for, then free what only they needed."""
+        options = self.options
+        if isinstance(self.model, UnreadEncoders):
+            self.model.read_encoders(
+                images=not options.caches_latents, text=not options.caches_text
+            )
         if self.options.caches_latents:
             stores = self._latent_stores()
             for loader, latents in zip(self._loaders, stores, strict=True):

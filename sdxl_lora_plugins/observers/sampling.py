@@ -42,9 +42,8 @@ class Sampling:
         self.requests = [self._request(index, prompt) for index, prompt in enumerate(prompts)]
         self.sampler = self.model.sampler()
         self.due = frozenset(options.sample_steps(run.counts))
-        encoders = {id(encoder) for encoder in self.model.text_encoders}
         self._texts: list[Mapping[str, Tensor]] | None = None
-        if not any(id(part.module) in encoders for part in self.model.parts):
+        if all(part.module is self.model.denoiser for part in self.model.parts):
             with run.evaluation():
                 self._texts = [self._encode(request) for request in self.requests]
 

@@ -154,7 +154,7 @@ class FolderIndex:
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.EINVAL, "is not a regular file")
             known = FileFacts(stamp)
-            if not _is_settled(stamp):
+            if not is_settled(stamp):
                 self._unsettled.add(name)
         self._used[name] = known
         return known
@@ -259,7 +259,7 @@ def user_cache() -> Path:
     return (Path(given) if given else Path.home() / ".cache") / "sdxl-train"
 
 
-def _is_settled(stamp: Stamp) -> bool:
+def is_settled(stamp: Stamp) -> bool:
     """Tell whether a write from now on must show in the stamp."""
     times = stamp[1:3]
     coarse = all(moment % 1_000_000_000 == 0 for moment in times)

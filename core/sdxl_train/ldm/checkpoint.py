@@ -2,13 +2,16 @@
 
 Each part is first built without memory, on torch's meta device, from the shapes in the header.
 Then every tensor goes from the memory-mapped file straight to the device and dtype that it is used
-in and is assigned, so that there is never a second copy of the model.
+in and is assigned, so that there is never a second copy of the model. Text encoders and VAE wait
+for that until they are needed.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from functools import partial
+from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ from sdxl_train.ldm.family import UNET, VAE
 from sdxl_train.ldm.headers import PICKLED, BadFileError, Header, counted, read_header
 from sdxl_train.ldm.origins import Origin, clip_origin, openclip_origin
 from sdxl_train.ldm.unfilled import without_weights
+from sdxl_train.ldm.unread import Reader, stamps_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +46,10 @@ _HARMLESS = re.compile(
     r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
 )
 """Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
+
+
+_PIECE = 1 << 27
+"""Numbers that are read between two openings of a file."""
 
 
 def unet_origins(unet: UNet2DConditionModel) -> dict[str, Origin]:
@@ -102,41 +110,45 @@ class Checkpoint:
             self.header: Header = read_header(path, pickles=family.pickles)
         except BadFileError as error:
             raise self._error(error) from error
+        self._stamps = stamps_of([path])
 
     def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
         """Load the U-Net."""
         config = self._configure(lambda shapes: configs.unet_config(shapes, self.family))
         with without_weights():
             unet = UNet2DConditionModel(**config)
-        self._fill(unet, unet_origins(unet), "U-Net", dtype)
+        self._reader(unet, unet_origins(unet), "U-Net", dtype)()
         return unet
 
-    def text_encoders(self, dtype: torch.dtype, attention: str) -> tuple[nn.Module, ...]:
-        """Load the text encoders, with transformers' implementation of attention."""
-        return tuple(
+    def text_encoders(self, dtype: torch.dtype, attention: str) -> list[tuple[nn.Module, Reader]]:
+        """Give the text encoders without weights, with an attention of transformers'."""
+        return [
             self._text_encoder(encoder, dtype, attention) for encoder in self.family.text_encoders
-        )
+        ]
 
-    def _text_encoder(self, encoder: ClipEncoder, dtype: torch.dtype, attention: str) -> nn.Module:
+    def _text_encoder(
+        self, encoder: ClipEncoder, dtype: torch.dtype, attention: str
+    ) -> tuple[nn.Module, Reader]:
         config = self._configure(lambda shapes: configs.clip_config(shapes, encoder))
         kind = CLIPTextModelWithProjection if encoder.projects else CLIPTextModel
         with without_weights():
             module: nn.Module = kind(CLIPTextConfig(**config, attn_implementation=attention))
         shapes = self.header.shapes
-        self._fill(module, clip_origins(module, encoder, shapes), encoder.short_title, dtype)
+        origins = clip_origins(module, encoder, shapes)
+        reader = self._reader(module, origins, encoder.short_title, dtype)
         if encoder.unused_layers:
             # The last layers and what follows them are left out on purpose.
             self._used.update(name for name in shapes if name.startswith(encoder.key))
-        return module
+        return module, reader
 
-    def vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """Load the VAE, of a whole checkpoint or a file of its own."""
+    def vae(self, dtype: torch.dtype) -> tuple[AutoencoderKL, Reader]:
+        """Give the VAE without weights, of a whole checkpoint or a file of its own."""
         prefix = vae_prefix(self.header.shapes)
         config = self._configure(lambda shapes: configs.vae_config(shapes, self.family, prefix))
         with without_weights():
             vae = AutoencoderKL(**config)
-        self._fill(vae, vae_origins(vae, self.header.shapes), "VAE", dtype)
-        return vae
+        origins = vae_origins(vae, self.header.shapes)
+        return vae, self._reader(vae, origins, "VAE", dtype)
 
     def warn_of_unused(self, *, vae_replaced: bool) -> None:
         """Log once how many tensors of the file belong to nothing that trains or is trained on."""
@@ -161,12 +173,21 @@ class Checkpoint:
     def _error(self, error: BadFileError) -> UserError:
         return UserError.of(str(self.path), error.fault.message, error.fault.remedy)
 
-    def _fill(
+    def _reader(
         self, module: nn.Module, origins: Mapping[str, Origin], title: str, dtype: torch.dtype
-    ) -> None:
-        """Give a part on the meta device its weights."""
+    ) -> Reader:
+        """Give what reads a part on the meta device, whose tensors are all there."""
         self._check(module, origins, title)
         self._used.update(origin.name for origin in origins.values())
+        return Reader(
+            files=(self.path,),
+            stamps=self._stamps,
+            dtype=dtype,
+            read=partial(self._fill, module, origins, dtype),
+        )
+
+    def _fill(self, module: nn.Module, origins: Mapping[str, Origin], dtype: torch.dtype) -> None:
+        """Give a part on the meta device its weights."""
         state = {
             path: origin.take(stored).to(device=self._device, dtype=dtype).contiguous()
             for path, origin, stored in self._tensors(origins)
@@ -192,9 +213,11 @@ class Checkpoint:
             for path, origin in origins.items():
                 yield path, origin, tensors[origin.name]
             return
-        with safe_open(self.path, framework="pt") as file:
-            for path, origin in origins.items():
-                yield path, origin, file.get_tensor(origin.name)
+        for some in _in_pieces(origins, self.header):
+            # A file that is mapped anew gives back the pages of the tensors that were copied.
+            with safe_open(self.path, framework="pt") as file:
+                for path in some:
+                    yield path, origins[path], file.get_tensor(origins[path].name)
 
     def _check(self, module: nn.Module, origins: Mapping[str, Origin], title: str) -> None:
         """Raise UserError for tensors that are missing or of another shape."""
@@ -211,6 +234,19 @@ class Checkpoint:
         if wrong:
             text = f"the {title} has shapes that do not fit in {counted(wrong)}"
             raise UserError.of(str(self.path), text, f"use {self.family.checkpoint}")
+
+
+def _in_pieces(origins: Mapping[str, Origin], header: Header) -> Iterator[list[str]]:
+    """Give the parameters in pieces of not much more than a quarter of a gigabyte."""
+    piece: list[str] = []
+    numbers = 0
+    for path, origin in origins.items():
+        piece.append(path)
+        numbers += prod(header.shapes[origin.name])
+        if numbers > _PIECE:
+            yield piece
+            piece, numbers = [], 0
+    yield piece
 
 
 def fill_position_ids(encoder: nn.Module, device: torch.device) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import json
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 
+from sdxl_train._version import __version__
 from sdxl_train.ldm import configs, names, text
 from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash, weights_hash
+from sdxl_train.ldm.unread import remembered
 from sdxl_train.protocols import Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from sdxl_train.ldm.family import ClipEncoder, Family
     from sdxl_train.ldm.sampling import LdmSampler
+    from sdxl_train.ldm.unread import Reader
     from sdxl_train.schedule import NoiseSchedule
 
 UNET_GROUP: Final = "unet"
@@ -35,12 +39,25 @@ TEXT_GROUP: Final = "textencoder"
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """The networks of a model, and the tokenizers of its text encoders."""
+    """The networks of a model, and the tokenizers of its text encoders.
+
+    Attributes:
+        readers: How text encoders and VAE get their weights once something needs them; those that
+            are not among them have theirs.
+    """
 
     unet: UNet2DConditionModel
     text_encoders: tuple[nn.Module, ...]
     vae: AutoencoderKL
     tokenizers: tuple[CLIPTokenizer, ...]
+    readers: dict[nn.Module, Reader] = field(default_factory=dict)
+
+    def once_read(self, module: nn.Module, act: Callable[[], None], *, stored: str = "") -> None:
+        """Do something with a module's weights as soon as it has them; see :class:`Reader`."""
+        if module in self.readers:
+            self.readers[module] = self.readers[module].then(act, stored)
+        else:
+            act()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,9 @@ class Computing:
 class LoadedLdm:
     """A base model in memory; implements ``sdxl_train.LoadedModel``.
 
+    Text encoders and VAE that train nothing are read when they are first asked for, so that a run
+    whose encodings are cached never has them in memory.
+
     Args:
         family: What it is.
         modules: The networks, frozen.
@@ -108,13 +128,14 @@ class LoadedLdm:
     ) -> None:
         self.family = family
         self.denoiser: nn.Module = modules.unet
-        self.text_encoders = modules.text_encoders
+        self._text_encoders = modules.text_encoders
         # A plan knows no weights, but the numbers of the schedule.
         self.schedule = schedule if device.type == "meta" else schedule.to(device)
         self.latent_scale = 2 ** (len(modules.vae.config["block_out_channels"]) - 1)
         self.latent_scaling = latent_scaling
         self.tokenizers = modules.tokenizers
-        self.vae: AutoencoderKL | None = modules.vae
+        self._vae: AutoencoderKL | None = modules.vae
+        self._readers, self._unread = modules.readers, set(modules.readers)
         self.max_tokens = reading.max_tokens
         self._reading = reading
         self._device = device
@@ -127,6 +148,45 @@ class LoadedLdm:
         parts = _parts(family, modules, rates)
         self.parts = tuple(part for part in parts if part.name in rates)
         self.frozen_parts = tuple(part for part in parts if part.name not in rates)
+        # A plan has no weights to wait for.
+        trained = {part.module for part in self.parts}
+        for module in modules.readers:
+            if module in trained or device.type == "meta":
+                self._read(module)
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, ...]:
+        """The text encoders, with their weights; none once they are released."""
+        self.read_encoders(images=False, text=True)
+        return self._text_encoders
+
+    @text_encoders.setter
+    def text_encoders(self, encoders: tuple[nn.Module, ...]) -> None:
+        """Take others in their place, which have their weights."""
+        self._text_encoders = encoders
+
+    @property
+    def vae(self) -> AutoencoderKL | None:
+        """The VAE, with its weights; None once it is released."""
+        self.read_encoders(images=True, text=False)
+        return self._vae
+
+    def read_encoders(self, *, images: bool, text: bool) -> None:
+        """Read what will encode images, text or both; see :class:`UnreadEncoders`.
+
+        Raises:
+            UserError: If a file was changed since the start, lacks tensors or holds NaN.
+        """
+        if images and self._vae is not None:
+            self._read(self._vae)
+        for encoder in self._text_encoders if text else ():
+            self._read(encoder)
+
+    def _read(self, module: nn.Module) -> None:
+        """Give a module its weights, unless it has them."""
+        if module in self._unread:
+            self._unread.remove(module)
+            self._readers[module]()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""
@@ -167,7 +227,7 @@ class LoadedLdm:
         return text.count_tokens(self.tokenizers[0], captions, weighted=self._reading.weighted)
 
     def _encode(self, captions: Sequence[str], *, weighted: bool) -> dict[str, Tensor]:
-        assert self.text_encoders, "the text encoders were released"
+        assert self._text_encoders, "the text encoders were released"
         states: list[Tensor] = []
         encoded: dict[str, Tensor] = {}
         num_chunks = self._reading.num_chunks
@@ -197,23 +257,41 @@ class LoadedLdm:
 
     def image_encoder_identity(self) -> dict[str, str]:
         """Hash the VAE as it is in memory, and its scaling."""
-        assert self.vae is not None, "the image encoder was released"
+        assert self._vae is not None, "the image encoder was released"
+        reader = self._readers.get(self._vae)
         return {
-            "the VAE": weights_hash([self.vae], [str(self.latent_scaling)]),
-            "the VAE's precision": str(self.vae.dtype),
+            "the VAE": self._hash([self._vae], [str(self.latent_scaling)]),
+            "the VAE's precision": str(reader.dtype if reader else self._vae.dtype),
         }
 
     def text_encoders_identity(self) -> dict[str, str]:
         """Hash the text encoders as they are in memory, and how captions become tokens."""
-        assert self.text_encoders, "the text encoders were released"
+        assert self._text_encoders, "the text encoders were released"
         tokenizers = [text.identity(tokenizer) for tokenizer in self.tokenizers]
         return {
-            "the text encoders": weights_hash(self.text_encoders, []),
+            "the text encoders": self._hash(self._text_encoders, []),
             "the tokenizers": text_hash(tokenizers),
             "max_token_length": str(self.max_tokens),
             "clip_skip": str(self._reading.clip_skip),
             "weighted_captions": str(self._reading.weighted),
         }
+
+    def _hash(self, modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
+        """Hash modules as they are in memory, or as they would be: see :func:`weights_hash`."""
+        readers = [self._readers[module] for module in modules if module in self._readers]
+
+        def compute() -> str:
+            for module in modules:
+                self._read(module)
+            return weights_hash(modules, settings)
+
+        if len(readers) < len(modules):
+            return compute()
+        versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers")]
+        forms = [f"{reader.dtype} {reader.stored}" for reader in readers]
+        files = [file for reader in readers for file in reader.files]
+        of = ["weights", __version__, *versions, *forms, *settings]
+        return remembered(files, of, compute)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""
@@ -276,12 +354,19 @@ class LoadedLdm:
         """
         from sdxl_train.ldm.files.merging import merge_into
 
-        merge_into((*self.parts, *self.frozen_parts), networks, self.family)
+        merge_into(
+            (*self.parts, *self.frozen_parts), networks, self.family, self._prepare_to_change
+        )
         if self._device.type != "meta":
             self._merged = [
                 {"name": path.name, "sha256": full_hash(path), "multiplier": multiplier}
                 for path, multiplier in networks
             ]
+
+    def _prepare_to_change(self, module: nn.Module) -> None:
+        """Read a module whose weights will be others than those of its files."""
+        self._read(module)
+        self._readers.pop(module, None)
 
     def diffusers_network(
         self, tensors: Mapping[str, Tensor]
@@ -304,17 +389,25 @@ class LoadedLdm:
 
     def release_image_encoder(self) -> None:
         """Free the VAE; a sampler that was made before keeps it in main memory."""
-        if self.vae is not None:
-            self.vae.to("cpu")
-        self.vae = None
+        if self._vae is not None:
+            if self._vae not in self._unread:
+                self._vae.to("cpu")
+            self._forget([self._vae])
+        self._vae = None
         self._free_memory()
 
     def release_text_encoders(self) -> None:
         """Free the text encoders, which must not be adapted."""
         assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
-        self.text_encoders = ()
+        self._forget(self._text_encoders)
+        self._text_encoders = ()
         self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
         self._free_memory()
+
+    def _forget(self, modules: Sequence[nn.Module]) -> None:
+        for module in modules:
+            self._unread.discard(module)
+            self._readers.pop(module, None)
 
     def _free_memory(self) -> None:
         gc.collect()
@@ -340,13 +433,17 @@ class LoadedLdm:
         entries = {"ss_sd_model_name": origins.model_name}
         if origins.model is not None:
             entries["ss_sd_model_hash"] = short_hash(origins.model)
-            entries["ss_new_sd_model_hash"] = full_hash(origins.model)
+            entries["ss_new_sd_model_hash"] = _file_hash(origins.model)
         if origins.vae_name is not None:
             entries["ss_vae_name"] = origins.vae_name
         if origins.vae is not None:
             entries["ss_vae_hash"] = short_hash(origins.vae)
-            entries["ss_new_vae_hash"] = full_hash(origins.vae)
+            entries["ss_new_vae_hash"] = _file_hash(origins.vae)
         return entries
+
+
+def _file_hash(path: Path) -> str:
+    return remembered([path], ["sha256"], partial(full_hash, path))
 
 
 def _parts(family: Family, modules: Modules, rates: Mapping[str, float | None]) -> tuple[Part, ...]:

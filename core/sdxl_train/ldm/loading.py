@@ -37,11 +37,12 @@ from sdxl_train.schedule import NoiseSchedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from torch import nn
 
     from sdxl_train.ldm.headers import Fault
     from sdxl_train.ldm.model import LdmModel
+    from sdxl_train.ldm.unread import Reader
 
 _log = logging.getLogger(__name__)
 
@@ -180,12 +181,13 @@ def _load_file(
     assert base.path is not None
     mapped = not options.disable_mmap_load_safetensors
     file = Checkpoint(base.path, options.family, device, mapped=mapped)
-    encoders = options.family.text_encoders
-    modules = Modules(
-        unet=file.unet(dtype),
-        text_encoders=file.text_encoders(dtype, text_attention(options)),
-        vae=_load_vae(options, vae_source, device) if vae_source else file.vae(_vae_dtype(options)),
-        tokenizers=load_tokenizers(encoders, None, options.tokenizer_cache_dir),
+    encoders = file.text_encoders(dtype, text_attention(options))
+    modules = _modules(
+        options,
+        file.unet(dtype),
+        encoders,
+        _vae(options, vae_source, device) if vae_source else file.vae(_vae_dtype(options)),
+        base=None,
     )
     file.warn_of_unused(vae_replaced=vae_source is not None)
     return modules, options.family.latent_scaling
@@ -200,36 +202,54 @@ def _load_folder(
 ) -> tuple[Modules, float]:
     assert base.path is not None
     family = options.family
-    modules = Modules(
-        unet=folders.load_unet(base.path, device, dtype),
-        text_encoders=folders.load_text_encoders(
-            base.path, family, device, dtype, text_attention(options)
-        ),
-        vae=_load_vae(options, vae_source, device)
+    attention = text_attention(options)
+    modules = _modules(
+        options,
+        folders.load_unet(base.path, device, dtype),
+        folders.unread_text_encoders(base.path, family, device, dtype, attention),
+        _vae(options, vae_source, device)
         if vae_source
-        else folders.load_vae(base.path / "vae", device, _vae_dtype(options)),
-        tokenizers=load_tokenizers(family.text_encoders, base.path, options.tokenizer_cache_dir),
+        else folders.unread_vae(base.path / "vae", device, _vae_dtype(options)),
+        base=base.path,
     )
     # The U-Net was trained on latents of this scale, whichever VAE makes them now.
     config = read_json(base.path / "vae" / "config.json")
     return modules, float(config.get("scaling_factor", family.latent_scaling))
 
 
-def _load_vae(options: LdmModel, source: Source, device: torch.device) -> AutoencoderKL:
+def _modules(
+    options: LdmModel,
+    unet: UNet2DConditionModel,
+    text_encoders: Sequence[tuple[nn.Module, Reader]],
+    vae: tuple[AutoencoderKL, Reader],
+    *,
+    base: Path | None,
+) -> Modules:
+    """Put a model together of a U-Net and what is not read yet; its tokenizers from a folder."""
+    return Modules(
+        unet=unet,
+        text_encoders=tuple(encoder for encoder, _ in text_encoders),
+        vae=vae[0],
+        tokenizers=load_tokenizers(options.family.text_encoders, base, options.tokenizer_cache_dir),
+        readers=dict([*text_encoders, vae]),
+    )
+
+
+def _vae(options: LdmModel, source: Source, device: torch.device) -> tuple[AutoencoderKL, Reader]:
     assert source.path is not None
     dtype = _vae_dtype(options)
     if source.kind == "file":
         return Checkpoint(source.path, options.family, device).vae(dtype)
     folder = vae_folder(source.path)
     assert folder is not None
-    return folders.load_vae(folder, device, dtype)
+    return folders.unread_vae(folder, device, dtype)
 
 
 def _require_finite(options: LdmModel, modules: Modules) -> None:
     """Refuse weights that nothing can be trained on: every image would give NaN.
 
     Raises:
-        UserError: With the number of tensors, and the first names.
+        UserError: With the number of tensors, and the first names; now or when a part is read.
     """
     forms = options.family.text_encoders
     titled: dict[str, nn.Module] = {
@@ -240,9 +260,13 @@ def _require_finite(options: LdmModel, modules: Modules) -> None:
         },
         "VAE": modules.vae,
     }
+    for title, module in titled.items():
+        modules.once_read(module, partial(_require_finite_part, options, title, module))
+
+
+def _require_finite_part(options: LdmModel, title: str, module: nn.Module) -> None:
     bad = {
         f"{title} {name}": str(tensor.dtype).removeprefix("torch.")
-        for title, module in titled.items()
         for name, tensor in module.state_dict().items()
         if not is_finite(tensor)
     }
@@ -266,7 +290,7 @@ def _prepare(options: LdmModel, modules: Modules, trained: Collection[str]) -> N
         store_in_fp8(modules.unet, ("down_blocks", "mid_block", "up_blocks"))
     if options.fp8_base:
         for encoder in modules.text_encoders:
-            store_in_fp8(encoder, ("",))
+            modules.once_read(encoder, partial(store_in_fp8, encoder, ("",)), stored="fp8")
     if options.torch_compile:
         compile_blocks(modules.unet, options)
     if options.gradient_checkpointing:

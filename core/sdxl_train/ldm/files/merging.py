@@ -72,7 +72,10 @@ def misfit(module: StoredModule, shape: Sequence[int]) -> str | None:
 
 
 def merge_into(
-    parts: Sequence[Part], networks: Sequence[tuple[Path, float]], family: Family
+    parts: Sequence[Part],
+    networks: Sequence[tuple[Path, float]],
+    family: Family,
+    prepare: Callable[[nn.Module], None],
 ) -> None:
     """Add the deltas of networks' files, each times its multiplier, to the weights of a model.
 
@@ -83,10 +86,12 @@ def merge_into(
         parts: All parts of the model.
         networks: Each file with its multiplier.
         family: What they should be for.
+        prepare: Called with a part's module before a weight of it is changed.
 
     Raises:
         UserError: With everything that is wrong with the files.
     """
+    homes = {f"{part.prefix}_{name}": part for part in parts for name in part.file_names.values()}
     layers = {
         f"{part.prefix}_{name}": part.module.get_submodule(path)
         for part in parts
@@ -101,6 +106,8 @@ def merge_into(
             read = opened.enter_context(file.weights())
             for module in file.modules.values():
                 added.setdefault(module.name, []).append(Summand(module, read, multiplier))
+        for part in {homes[name].name: homes[name] for name in added}.values():
+            prepare(part.module)
         for name, summands in added.items():
             _merge(layers[name], summands)
 

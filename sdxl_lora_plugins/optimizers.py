@@ -19,8 +19,32 @@ class OfTorch(LibraryOptimizer):
 
     fused_backward: ClassVar[bool] = True
 
+    foreach: bool | None = Field(
+        None, description="Update all parameters at once, operation by operation."
+    )
 
-class AdamW(OfTorch):
+
+class Fusing(OfTorch):
+    """What those have in common for which torch has one kernel that does a whole update."""
+
+    fused: bool | None = Field(
+        None, description="Update by one kernel. Default: where torch has it for the device."
+    )
+
+    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Build the optimizer, fused unless something else is asked for."""
+        fused = {"fused": _has_kernel(groups)} if self.fused is None and not self.foreach else {}
+        built: torch.optim.Optimizer = self._built(groups, {"lr": self.learning_rate, **fused})
+        return built
+
+
+def _has_kernel(groups: Sequence[dict[str, Any]]) -> bool:
+    """Tell whether torch has fused kernels where the parameters are."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return devices <= {"cpu", "cuda", "mps", "xpu"}
+
+
+class AdamW(Fusing):
     """AdamW: Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
     default: ClassVar[bool] = True
@@ -33,19 +57,9 @@ class AdamW(OfTorch):
     weight_decay: float = Field(0.01, ge=0, description="Decay of the weights, times the rate.")
     amsgrad: bool = Field(False, description="Divide by the largest second moment so far.")
 
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Build ``torch.optim.AdamW``; on a GPU all parameters update in one kernel."""
-        on_gpu = groups[0]["params"][0].is_cuda
-        built: torch.optim.Optimizer = self._built(
-            groups, {"lr": self.learning_rate, "fused": on_gpu}
-        )
-        return built
 
-
-class Adam(OfTorch):
-    """Adam: steps of the running mean over its deviation (Kingma & Ba 2015)."""
-
-    path: ClassVar[str] = "torch.optim.Adam"
+class _AdamLike(OfTorch):
+    """What Adam and its kin have in common."""
 
     betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.999), description="Decay of the running means of gradient and squared gradient."
@@ -54,7 +68,13 @@ class Adam(OfTorch):
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
 
 
-class NAdam(Adam):
+class Adam(Fusing, _AdamLike):
+    """Adam: steps of the running mean over its deviation (Kingma & Ba 2015)."""
+
+    path: ClassVar[str] = "torch.optim.Adam"
+
+
+class NAdam(_AdamLike):
     """Adam with Nesterov momentum (Dozat 2016)."""
 
     path: ClassVar[str] = "torch.optim.NAdam"
@@ -62,19 +82,19 @@ class NAdam(Adam):
     momentum_decay: float = Field(4e-3, ge=0, description="Decay of the momentum.")
 
 
-class RAdam(Adam):
+class RAdam(_AdamLike):
     """Adam with a rectified variance, which needs no warm-up (Liu et al. 2020)."""
 
     path: ClassVar[str] = "torch.optim.RAdam"
 
 
-class Adamax(Adam):
+class Adamax(_AdamLike):
     """Adam with the largest gradient in place of the deviation (Kingma & Ba 2015, section 7)."""
 
     path: ClassVar[str] = "torch.optim.Adamax"
 
 
-class Adagrad(OfTorch):
+class Adagrad(Fusing):
     """Adagrad: steps over the sum of all squared gradients (Duchi et al. 2011)."""
 
     path: ClassVar[str] = "torch.optim.Adagrad"
@@ -105,7 +125,7 @@ class RMSprop(OfTorch):
     weight_decay: float = Field(0.0, ge=0, description="Times the weights, added to the gradient.")
 
 
-class Sgd(OfTorch):
+class Sgd(Fusing):
     """Stochastic gradient descent."""
 
     path: ClassVar[str] = "torch.optim.SGD"

@@ -60,6 +60,7 @@ class Update:
             else None
         )
         self._wide_steps: WideSteps | None = None
+        self._scale = 1.0
 
     @property
     def steps_in_backward(self) -> bool:
@@ -95,13 +96,20 @@ class Update:
         """Clip the gradients, and give their norm before: an fp32 scalar."""
         if self._fused is not None:
             return self._fused.grad_norm()
+        if self.accelerator.scaler is not None:
+            self._scale = self.accelerator.scaler.get_scale()
         self.accelerator.unscale_gradients(self.optimizer)
         limit = self.config.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def was_skipped(self) -> bool:
-        """Tell whether the gradient scaler left the last step without effect."""
-        skipped = bool(self.optimizer.step_was_skipped)
+        """Tell whether the gradient scaler left the last step without effect.
+
+        It lowers its scale then. accelerate takes note of whether the optimizer was called, which
+        fused ones are in any case: their kernels leave the weights alone.
+        """
+        scaler = self.accelerator.scaler
+        skipped = scaler is not None and scaler.get_scale() < self._scale
         if skipped and self._wide_steps is not None:
             self._wide_steps.narrow()  # which no step has done
         return skipped

@@ -52,3 +52,49 @@ def test_adamw_keeps_the_rate_of_each_group() -> None:
     optimizer = register_optimizers()["AdamW"](learning_rate=1e-2).build(groups)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-4]
     assert [group["name"] for group in optimizer.param_groups] == ["0.001", "0.0001"]
+
+
+FUSING = ["AdamW", "Adam", "Adagrad", "SGD", "SGDNesterov"]
+OTHERS = ["NAdam", "RAdam", "Adamax", "Adadelta", "RMSprop"]
+
+
+def after_steps(name: str, **options: Any) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    """The weights after some steps, and how the optimizer takes them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(16, 8), (8,), (4, 8, 3, 3)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    # As beside a model whose convolutions lie so.
+    weights[2].data = weights[2].data.to(memory_format=torch.channels_last)
+    optimizer = register_optimizers()[name](learning_rate=1e-2, **options).build(
+        [{"params": weights[:1], "lr": 1e-2, "name": "a"}, {"params": weights[1:], "lr": 1e-3}]
+    )
+    for _ in range(6):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator).to(
+                memory_format=torch.channels_last if weight.ndim == 4 else torch.preserve_format
+            )
+        optimizer.step()
+    return [weight.detach() for weight in weights], optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("name", [*FUSING, *OTHERS])
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}])
+def test_every_way_to_compute_an_update_gives_the_same(name: str, options: dict[str, bool]) -> None:
+    expected, how = after_steps(name)
+    assert how.get("fused", False) is (name in FUSING)
+    found, other = after_steps(name, **options, **({"fused": False} if name in FUSING else {}))
+    assert not other.get("fused")
+    assert other["foreach"] is options["foreach"]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+def test_foreach_by_itself_turns_the_kernel_off() -> None:
+    _, how = after_steps("AdamW", foreach=True)
+    assert not how["fused"]
+
+
+def test_a_kernel_is_not_asked_for_where_there_is_none() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2, device="meta"))
+    groups = [{"params": [weight], "lr": 1.0, "name": "all"}]
+    assert register_optimizers()["AdamW"]().build(groups).param_groups[0]["fused"] is False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take long, so that no process waits for another at the end."""
     items.sort(key=lambda item: "end_to_end" not in item.path.parts)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave alone what is there for good: it took a sixth of the time."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

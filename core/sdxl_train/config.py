@@ -117,6 +117,15 @@ class TrainingOptions(OptionModel):
         description="Step inside the backward pass, so that gradients take no memory. Each one is "
         "clipped by its own norm.",
     )
+    check_late: bool = Field(
+        True,
+        description="On a GPU, find out whether a step was finite while the next one is computed; "
+        "the optimizer holds it back by itself. false: wait for each step.",
+    )
+    pin_memory: bool = Field(
+        True,
+        description="Let a GPU fetch batches by itself, from memory that stays in its place.",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "no", description="Precision of the frozen weights and of the computation."
     )

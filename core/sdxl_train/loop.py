@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from sdxl_train.data.batches import Batch, Share
 from sdxl_train.errors import TrainingError
 from sdxl_train.masks import masked_mean
+from sdxl_train.not_finite import Findings, diagnosis
 from sdxl_train.rng import seed_global_generators
+from sdxl_train.transfer import Fetched, sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -131,6 +133,9 @@ class Step:
     lap: Callable[[str], None] = lambda phase: None
     """Told the name of each phase as it ends: ``data``, ``forward``, ``backward``, ``optimizer``.
     """
+    hold_back: Callable[[Tensor], None] | None = None
+    """Set where the optimizer can leave a step without effect by itself: told before each one, by a
+    bool [] on the device, whether the gradients are finite."""
     was_skipped: Callable[[], bool] | None = None
     """Set where a gradient scaler is at work: it skips steps whose gradients are not finite."""
     updating: bool = field(default=False, init=False)
@@ -151,45 +156,131 @@ def train(steps: Iterable[StepBatches], step: Step, *, start: int = 0) -> Iterat
             step before, unless ``step.updating`` says otherwise.
     """
     skipped_in_a_row = 0
-    for number, group in enumerate(steps, start=start + 1):
-        step.lap("data")
+    for taken in _steps(steps, step, start):
+        skipped_in_a_row = skipped_in_a_row + 1 if taken.skipped else 0
+        if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {taken.step}: the last {skipped_in_a_row} steps were all skipped, because "
+                f"their gradients overflow fp16 at any scale: nothing trains. Use "
+                f"--mixed_precision bf16, or a lower learning rate"
+            )
+        yield taken
+
+
+def _steps(steps: Iterable[StepBatches], step: Step, start: int) -> Iterator[StepResult]:
+    """Take the steps, each known to be finite when it is given.
+
+    Where the optimizer can hold an update back by itself, that is asked for only when the gradients
+    of the next step are queued, so that the device has work while the answer is on its way.
+    """
+    late: _Taken | None = None
+    numbered = enumerate(steps, start=start + 1)
+    while True:
+        try:
+            gradients = _gradients(numbered, step)
+        except Exception:
+            if late is not None:  # the failure is of the next step
+                yield late.confirmed()
+            raise
+        if late is not None:
+            yield late.confirmed()
+        if gradients is None:
+            return
+        taken = _Taken(gradients, step)
+        late = taken if step.hold_back else None
+        if late is None:
+            yield taken.confirmed()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gradients:
+    """A step whose gradients are there, and nothing else yet."""
+
+    number: int
+    group: StepBatches
+    parts: Sequence[BatchLoss]
+
+
+def _gradients(numbered: Iterator[tuple[int, StepBatches]], step: Step) -> _Gradients | None:
+    """Compute the gradients of the next step; None if there is none."""
+    number, group = next(numbered, (0, None))
+    if group is None:
+        return None
+    step.lap("data")
+    return _Gradients(number=number, group=group, parts=list(_backward(group, step, number)))
+
+
+class _Taken:
+    """A step that is taken, or held back by its optimizer.
+
+    Raises:
+        TrainingError: If it is not finite, and the optimizer could not hold it back.
+    """
+
+    def __init__(self, gradients: _Gradients, step: Step) -> None:
+        self._gradients = gradients
+        self._step = step
+        parts = gradients.parts
         rates = {group["name"]: float(group["lr"]) for group in step.optimizer.param_groups}
-        parts = list(_backward(group, step, number))
         means = torch.stack([part.mean for part in parts])
-        losses, samples = step.add_up([means, torch.cat([part.samples for part in parts])])
-        grad_norm = step.clip()
-        _require_finite(losses, grad_norm, number, group, parts, step)
+        self._losses, samples = step.add_up([means, torch.cat([part.samples for part in parts])])
+        self._grad_norm = step.clip()
+        total = self._losses.sum()
+        if step.was_skipped is None:
+            total = total + self._grad_norm
+        finite = torch.isfinite(total)
+        self._finite = Fetched(finite)
+        if step.hold_back:
+            step.hold_back(finite)
+        else:
+            self._require_finite()
         # Some optimizers draw, from global generators; each process has to draw the same.
-        seed_global_generators(step.streams.seed_for("update", number))
+        seed_global_generators(step.streams.seed_for("update", gradients.number))
         step.updating = True
         step.optimizer.step()
-        skipped = step.was_skipped is not None and step.was_skipped()
+        self._skipped = step.was_skipped is not None and step.was_skipped()
         estimates = _estimated_rates(step.optimizer)
-        if not skipped:
+        if not (self._skipped or step.hold_back):
             step.scheduler.step()
         metrics = {**estimates, **step.limit_weights()}
         step.updating = False
         step.optimizer.zero_grad(set_to_none=True)
-        skipped_in_a_row = skipped_in_a_row + 1 if skipped else 0
         step.lap("optimizer")
-        if skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise TrainingError(
-                f"step {number}: the last {skipped_in_a_row} steps were all skipped, because "
-                f"their gradients overflow fp16 at any scale: nothing trains. Use "
-                f"--mixed_precision bf16, or a lower learning rate"
-            )
-        yield StepResult(
-            step=number,
-            epoch=group.epoch,
-            loss=losses.mean(),
-            grad_norm=grad_norm,
+        self._result = StepResult(
+            step=gradients.number,
+            epoch=gradients.group.epoch,
+            loss=self._losses.mean(),
+            grad_norm=self._grad_norm,
             learning_rates=rates,
-            keys=group.keys,
+            keys=gradients.group.keys,
             timesteps=torch.cat([part.timesteps for part in parts]),
             sample_losses=samples,
-            skipped=skipped,
+            skipped=self._skipped,
             metrics=metrics,
         )
+
+    def confirmed(self) -> StepResult:
+        """Give the result, once it is known that the step is finite.
+
+        Raises:
+            TrainingError: If it is not: it was held back.
+        """
+        if self._step.hold_back:
+            self._require_finite()
+            self._step.scheduler.step()
+        return self._result
+
+    def _require_finite(self) -> None:
+        gradients = self._gradients
+        if not self._finite.value():
+            _raise_not_finite(
+                self._losses,
+                self._grad_norm,
+                gradients.number,
+                gradients.group,
+                gradients.parts,
+                self._step,
+            )
 
 
 def _estimated_rates(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -215,8 +306,9 @@ def _backward(group: StepBatches, step: Step, number: int) -> Iterator[BatchLoss
         step.lap("forward")
         detached = replace(loss, mean=loss.mean.detach())
         if step.steps_in_backward:
-            alone = replace(group, batches=[batch])
-            _require_finite(detached.mean[None], None, number, alone, [detached], step)
+            if not torch.isfinite(detached.mean):
+                alone = replace(group, batches=[batch])
+                _raise_not_finite(detached.mean[None], None, number, alone, [detached], step)
             step.updating = True
         step.backward(loss.mean / len(group.batches))
         step.lap("backward")
@@ -246,7 +338,7 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     device = latents.device
     share = batch.share or Share(first=0, whole=len(latents), latents=latents)
     own = slice(share.first, share.first + len(latents))
-    drawn = step.timesteps(share.whole, step.streams.cpu("timesteps", *where)).to(device)
+    drawn = sent(step.timesteps(share.whole, step.streams.cpu("timesteps", *where)), device)
     timesteps = drawn[own]
     noise, input_noise = _draw_noise(share, drawn, latents.shape[1:], step, where)
     noise, input_noise = noise[own], input_noise[own]
@@ -294,84 +386,17 @@ def _draw_noise(
     return noise, input_noise
 
 
-def _require_finite(
+def _raise_not_finite(
     losses: Tensor,
     grad_norm: Tensor | None,
     number: int,
     group: StepBatches,
     parts: Sequence[BatchLoss],
     step: Step,
-) -> None:
-    """Raise TrainingError unless losses and gradient, as far as it is known, are finite."""
-    total = losses.sum()
-    if grad_norm is not None and step.was_skipped is None:
-        total = total + grad_norm
-    if torch.isfinite(total):
-        return
+) -> NoReturn:
+    """Raise TrainingError, with the images of all processes."""
     outcome = "the step was not applied"
     if step.updating:
         outcome = "the run ends with parts of the step applied; go on from a saved state"
     findings = step.gather(Findings.of(parts, group))
-    raise TrainingError(_diagnosis(losses, grad_norm, number, group, findings, outcome))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """The images of a step that may be why it is not finite, by short names.
-
-    Attributes:
-        broken: Those whose latents are not finite.
-        suspects: Those of batches whose loss is not finite.
-    """
-
-    broken: tuple[str, ...]
-    suspects: tuple[str, ...]
-
-    @classmethod
-    def of(cls, losses: Sequence[BatchLoss], group: StepBatches) -> Findings:
-        """Look at the batches of this process."""
-        own = [
-            (loss.mean, batch.keys, batch.latents)
-            for loss, batch in zip(losses, group.batches, strict=True)
-            if isinstance(batch, Batch) and batch.latents is not None
-        ]
-        return cls(
-            broken=tuple(
-                key
-                for _, keys, latents in own
-                for key, image in zip(keys, latents, strict=True)
-                if not torch.isfinite(image).all()
-            ),
-            suspects=tuple(
-                key for loss, keys, _ in own if not torch.isfinite(loss) for key in keys
-            ),
-        )
-
-
-def _diagnosis(
-    losses: Tensor,
-    grad_norm: Tensor | None,
-    number: int,
-    group: StepBatches,
-    findings: Sequence[Findings],
-    outcome: str,
-) -> str:
-    """Say what is not finite and in which images."""
-    broken = [key for each in findings for key in each.broken]
-    suspects = [key for each in findings for key in each.suspects]
-    keys = broken or suspects or group.keys
-    named = ", ".join(keys[:8]) + (f" and {len(keys) - 8} more" if len(keys) > 8 else "")
-    if broken:
-        what = "the latents of some images are not finite"
-        cause = "The VAE overflows on them (an fp16 VAE does): use a VAE that is sound in fp16, "
-        cause += "or --no_half_vae"
-    elif suspects:
-        what = "the loss is not finite"
-        cause = "Likely causes: a learning rate that is too high, or fp16 overflow in the model"
-    else:
-        what = "the gradient is not finite"
-        cause = "Likely cause: a learning rate that is too high"
-    figures = f"loss {losses.mean().item():g}"
-    if grad_norm is not None:
-        figures += f", gradient norm {grad_norm.item():g}"
-    return f"step {number}: {what} ({figures}), so {outcome}. Images: {named}. {cause}"
+    raise TrainingError(diagnosis(losses, grad_norm, number, group, findings, outcome))

@@ -96,6 +96,8 @@ MAY_CHANGE = frozenset(
         "skip_cache_check",
         "max_data_loader_n_workers",
         "persistent_data_loader_workers",
+        "pin_memory",
+        "check_late",
         # Compared apart: the seed of the state serves when the run names none, and twice the
         # processes with half the batch train the same.
         "seed",

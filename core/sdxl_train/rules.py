@@ -259,6 +259,11 @@ def _secret_remarks(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _uses_cuda(config: RunConfig, asked: str) -> bool:
+    """Tell whether the run would compute there; looks only if option ``asked`` is set."""
+    return config.is_set(asked) and config.device().type == "cuda"
+
+
 def _idle_options(config: RunConfig) -> Iterator[str]:
     """Name options that do nothing without another one, which sd-scripts passes over in silence."""
     output, dataset = config.output, config.dataset
@@ -278,6 +283,7 @@ def _idle_options(config: RunConfig) -> Iterator[str]:
             dataset.max_data_loader_n_workers,
             "workers (max_data_loader_n_workers above 0)",
         ),
+        *((name, _uses_cuda(config, name), "a CUDA GPU") for name in ("check_late", "pin_memory")),
         ("prior_loss_weight", _may_have_regularization(dataset), "regularization images"),
     )
     for name, needed, what in conditions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from sdxl_train.data.batches import Batch
     from sdxl_train.protocols import Adapter, LoadedModel, NoiseTransform
     from sdxl_train.update import Update
+
+logger = logging.getLogger(__name__)
 
 
 def build_step(
@@ -51,6 +54,9 @@ def build_step(
         chosen = [noise for noise in config.noises if noise.phase == phase]
         return [checked_noise(names[id(noise)], noise.build(schedule)) for noise in chosen]
 
+    why = update.why_at_once()
+    if why and update.accelerator.device.type == "cuda":
+        logger.info("each step waits for the device: %s", why)
     return Step(
         timesteps=checked_timesteps(
             names[id(config.timesteps)], config.timesteps.build(schedule), schedule.num_timesteps
@@ -80,6 +86,7 @@ def build_step(
         optimizer=update.optimizer,
         scheduler=scheduler,
         normalize_masks=config.dataset.masked_loss_normalize,
+        hold_back=None if why else update.hold_back,
         was_skipped=update.was_skipped if update.may_skip else None,
     )
 

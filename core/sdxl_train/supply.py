@@ -244,7 +244,7 @@ class Supply:
 
     def _ready(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for batch in batches:
-            moved = batch.to(self.device)
+            moved = batch.to(self.device, pinned=self.prepared.config.training.pin_memory)
             if moved.latents is None:
                 assert moved.pixels is not None
                 moved = replace(moved, latents=self._encode_images(moved.pixels), pixels=None)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sdxl_train.assembly import WEIGHT_DTYPES
+from sdxl_train.components import LimitedNetwork
 from sdxl_train.fused import FusedBackward
 from sdxl_train.rounding import WideSteps
 
@@ -48,15 +49,15 @@ class Update:
         optimizer: torch.optim.Optimizer,
         parameters: Sequence[Parameter],
     ) -> None:
-        self.config = config.training
+        self.config = config
         self.accelerator = accelerator
         self.ranks = ranks
         self.parameters = parameters
         self.bare = optimizer
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self._fused = (
-            FusedBackward(optimizer, self.config.max_grad_norm)
-            if self.config.fused_backward_pass
+            FusedBackward(optimizer, self.config.training.max_grad_norm)
+            if self.config.training.fused_backward_pass
             else None
         )
         self._wide_steps: WideSteps | None = None
@@ -72,13 +73,39 @@ class Update:
         """Whether a gradient scaler is at work, which skips steps that are not finite."""
         return self.accelerator.scaler is not None
 
+    def why_at_once(self) -> str | None:
+        """Say why each step must be known to be finite before it is taken.
+
+        None where that may wait until the gradients of the next step are queued.
+        """
+        config, network = self.config, self.config.network
+        limits = isinstance(network, LimitedNetwork) and network.scale_weight_norms is not None
+        reasons = {
+            "there is no GPU to be kept busy": self.accelerator.device.type != "cuda",
+            "--check_late is false": not config.training.check_late,
+            # torch's mark of kernels that do nothing when its scaler finds a gradient not finite.
+            "the optimizer cannot hold a step back by itself": not getattr(
+                self.bare, "_step_supports_amp_scaling", False
+            ),
+            "the optimizer steps in the backward pass": self.steps_in_backward,
+            "the scaler of fp16 waits too": self.may_skip,
+            "processes wait for each other": self.ranks.count > 1,
+            "CUDA graphs would write over the next gradients": config.model.reuses_memory,
+            "scale_weight_norms would act twice": limits,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
+
+    def hold_back(self, finite: Tensor) -> None:
+        """Let the optimizer take its next step only if a bool [] on the device is true."""
+        self.bare.found_inf = (~finite).float()  # type: ignore[attr-defined]
+
     def keep_narrow(self, generator: Callable[[int], torch.Generator]) -> None:
         """Keep what trains in 16 bits from now on, if that is asked for.
 
         Args:
             generator: See :class:`.WideSteps`.
         """
-        precision = self.config.trained_precision
+        precision = self.config.training.trained_precision
         if precision != "no":
             self._wide_steps = WideSteps(self.bare, WEIGHT_DTYPES[precision], generator)
 
@@ -99,7 +126,7 @@ class Update:
         if self.accelerator.scaler is not None:
             self._scale = self.accelerator.scaler.get_scale()
         self.accelerator.unscale_gradients(self.optimizer)
-        limit = self.config.max_grad_norm or float("inf")
+        limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def was_skipped(self) -> bool:

@@ -166,6 +166,15 @@ def straight(train_lora: TrainLora) -> Trained:
     return train_lora(max_train_steps=4)
 
 
+@pytest.fixture(params=["at once", "late"])
+def checked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """When a step is known to be finite: before it is taken, or as on a GPU."""
+    if request.param == "late":
+        monkeypatch.setattr("sdxl_train.update.Update.why_at_once", lambda update: None)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("checked")
 def test_component_that_raises_is_blamed_and_the_last_whole_step_is_saved(
     failing: Path,
     straight: Trained,
@@ -204,16 +213,26 @@ def test_half_an_update_is_not_saved(failing: Path, options: MakeOptions) -> Non
     assert [path.name for path in _files(chosen)] == ["photo.run.json"]
 
 
+@pytest.mark.usefixtures("checked")
 def test_values_that_are_not_finite_name_step_images_and_cause(
-    failing: Path, options: MakeOptions
+    failing: Path,
+    straight: Trained,
+    options: MakeOptions,
+    train_lora: TrainLora,
+    same_tensors: SameTensors,
+    recorder: Path,
 ) -> None:
-    chosen = options(plugin=[str(failing)], fail_at=2, spoil=True, save_every_n_steps=1)
+    plugins = [str(recorder), str(failing)]
+    chosen = options(plugin=plugins, fail_at=2, spoil=True, save_every_n_steps=1)
     with pytest.raises(TrainingError, match=r"step 2: the loss is not finite .*Images: \w+") as e:
-        _train(chosen)
+        train_lora(**chosen)
     assert "learning rate" in str(e.value)
     assert "the state of step 1 is saved" in " ".join(e.value.__notes__)
     (saved,) = Path(chosen["output_dir"]).glob("*.safetensors")
     assert all(tensor.isfinite().all() for tensor in load_file(saved).values())
+
+    again = train_lora(**{**chosen, "fail_at": 100, "resume": "latest"})
+    assert same_tensors(again.tensors, straight.tensors)
 
 
 def test_training_that_changes_nothing_is_stopped(failing: Path, options: MakeOptions) -> None:

@@ -72,6 +72,8 @@ NEUTRAL: dict[str, Any] = {
     "skip_cache_check": True,
     "max_data_loader_n_workers": 2,
     "persistent_data_loader_workers": True,
+    "check_late": False,
+    "pin_memory": False,
     "lowram": True,
     "highvram": False,
     "disable_mmap_load_safetensors": True,

@@ -126,15 +126,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Give the same batch with its tensors on ``device``."""
+    def to(self, device: torch.device, *, pinned: bool = True) -> Batch:
+        """Give the same batch with its tensors on ``device``.
+
+        Args:
+            device: Where to.
+            pinned: Let a GPU fetch them by itself, so that nobody waits.
+        """
+        from sdxl_train.transfer import sent
+
         moved: dict[str, object] = {}
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
             if name == "text" and value is not None:
-                moved[name] = {k: v.to(device, non_blocking=True) for k, v in value.items()}
+                moved[name] = {k: sent(v, device, pinned=pinned) for k, v in value.items()}
             elif value is not None and name not in ("captions", "keys", "share"):
-                moved[name] = value.to(device, non_blocking=True)
+                moved[name] = sent(value, device, pinned=pinned)
         return replace(self, **moved)  # type: ignore[arg-type]
 
 

@@ -367,7 +367,7 @@ def test_to_moves_every_tensor(folder: Path, make_scan: MakeScan, loader: MakeLo
     text.fill(encode_text, batch_size=4, progress=ignore)
     loads = loader(found, text=text)
     (batch,) = loads.batches(loads.plan.epoch(1)[:1])
-    moved = batch.to("meta")
+    moved = batch.to(torch.device("meta"))
     assert moved.pixels is not None
     assert moved.text is not None
     tensors = [moved.pixels, moved.original_size, moved.crop_top_left, moved.target_size]

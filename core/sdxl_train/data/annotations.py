@@ -226,7 +226,7 @@ def _joined(caption: str | None, tags: str | None, separator: str) -> CaptionFil
     if texts == [""]:
         return None
     found = ((n, column) for n, line in enumerate(texts, 1) if (column := bad_brace(line)))
-    return CaptionFile(lines=tuple(texts), bad_brace=next(found, None))
+    return CaptionFile("\n".join(texts), bad_brace=next(found, None))
 
 
 def _filled(text: str | None) -> list[str]:

@@ -53,6 +53,18 @@ class Fit:
         width, height = self.resized
         return 1 - self.bucket[0] * self.bucket[1] / (width * height)
 
+    def scale(self, size: Size) -> float:
+        """Give the factor by which the sides of an image of this size are resized."""
+        return self.resized[0] / size[0]
+
+    def is_large_for(self, size: Size) -> bool:
+        """Tell whether an image of this size is enlarged to more than twice its size."""
+        return self.scale(size) > 2
+
+    def is_extreme_for(self, size: Size) -> bool:
+        """Tell whether an image of this size is long and narrow, or loses more than 40 %."""
+        return max(size) > 4 * min(size) or self.crop_share > 0.4
+
     def crop_left(self, *, flipped: bool) -> int:
         """Give the left edge of the crop, in the mirrored image if ``flipped``."""
         left = self.crop[0]

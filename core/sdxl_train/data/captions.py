@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import random
 import re
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -87,25 +87,29 @@ class CaptionOptions:
         return self.caption_dropout_rate > 0 or self.caption_dropout_every_n_epochs > 0
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CaptionFile:
+class CaptionFile(NamedTuple):
     """What a caption file says, and the remarks on how it was read.
 
     Attributes:
-        lines: Its lines that are not blank, in their order.
+        content: Its lines that are not blank, in their order, with line feeds between them.
         remarks: What its author should know.
         bad_brace: Line and column in the file, counted from 1, of a brace that would be no part
             of a wildcard.
     """
 
-    lines: tuple[str, ...]
-    remarks: tuple[str, ...] = field(default=())
+    content: str
+    remarks: tuple[str, ...] = ()
     bad_brace: tuple[int, int] | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """Its lines that are not blank."""
+        return self.content.split("\n") if self.content else []
 
     @property
     def text(self) -> str:
         """Give the caption where a file holds one."""
-        return self.lines[0] if self.lines else ""
+        return self.content.partition("\n")[0]
 
 
 MOST_BYTES = 250_000
@@ -133,14 +137,14 @@ def read_caption(path: Path) -> CaptionFile:
         )
     text, encoding = _decode(path.read_bytes())
     lines = text.splitlines()
-    filled = tuple(words for line in lines if (words := " ".join(line.split())))
+    content = "\n".join(words for line in lines if (words := " ".join(line.split())))
     remarks = []
     if encoding:
         remarks.append(f"not UTF-8, read as {encoding}")
-    if not filled:
+    if not content:
         remarks.append("empty")
     found = ((n, column) for n, line in enumerate(lines, 1) if (column := bad_brace(line)))
-    return CaptionFile(lines=filled, remarks=tuple(remarks), bad_brace=next(found, None))
+    return CaptionFile(content, tuple(remarks), next(found, None))
 
 
 def bad_brace(text: str) -> int | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.dataset_file import SubsetTable
-from sdxl_train.data.images import is_image_name
+from sdxl_train.data.images import image_names
 from sdxl_train.errors import Problem
 from sdxl_train.files import expanded
 
@@ -196,7 +196,7 @@ def _folder_names(entries: Iterable[os.DirEntry[str]]) -> list[str]:
 
 
 def _num_images(entries: Iterable[os.DirEntry[str]]) -> int:
-    return sum(is_image_name(entry.name) for entry in entries)
+    return len(image_names(entry.name for entry in entries))
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import struct
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdxl_train.data.buckets import Size  # noqa: TC001 - pydantic reads it for the scan's index
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     import numpy as np
@@ -48,8 +48,7 @@ class ImageError(Exception):
     """An image cannot be used; the message says why, without its path."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageHeader:
+class ImageHeader(NamedTuple):
     """What the head of an image file tells.
 
     Attributes:
@@ -78,7 +77,18 @@ def formats() -> dict[str, str]:
 
 def is_image_name(name: str) -> bool:
     """Tell by its name whether a file is an image of a supported format; case does not matter."""
-    return not name.startswith(".") and name[name.rfind(".") :].lower() in formats()
+    return bool(image_names([name]))
+
+
+def image_names(names: Iterable[str]) -> list[str]:
+    """Give the names that are those of images of supported formats."""
+    endings = _endings()
+    return [name for name in names if name.lower().endswith(endings) and name[0] != "."]
+
+
+@cache
+def _endings() -> tuple[str, ...]:
+    return tuple(formats())
 
 
 def read_header(path: Path) -> ImageHeader:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sdxl_train.data.findings import Skipped
 from sdxl_train.data.folders import folders_with_images, is_folder, lies_in
-from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, is_image_name
+from sdxl_train.data.images import OTHER_IMAGE_EXTENSIONS, image_names
 from sdxl_train.data.views import split_face
 
 if TYPE_CHECKING:
@@ -76,27 +76,32 @@ def list_folder(folder: Path, caption_extensions: Sequence[str], remarks: Remark
     Raises:
         OSError: If the folder cannot be read.
     """
-    listing = Listing(folder=folder)
-    others: dict[str, bool] = {}
-    astray: list[str] = []
-    for name, is_dir in _entries(folder, astray):
-        if is_image_name(name) and not is_dir:
-            listing.images.append(name)
-        elif name != CACHE_FOLDER:
-            others[name] = is_dir
-    listing.astray.extend(name for name in astray if not others.get(name))
-    endings = [form for ending in caption_extensions for form in (ending, ending.upper())]
+    names, folders, astray = _entries(folder)
+    images = [name for name in image_names(names) if name not in folders]
+    others = dict.fromkeys(names)
+    for name in images:
+        del others[name]
+    others.pop(CACHE_FOLDER, None)
+    listing = Listing(folder=folder, images=images)
+    listing.astray.extend(name for name in astray if name not in folders)
+    endings = [
+        form
+        for ending in caption_extensions
+        for form in (ending, ending.upper())
+        # To look for a file that is not there takes as long as for one that is.
+        if any(name.endswith(form) for name in others)
+    ]
     stems: set[str] = set()
-    for name in listing.images:
+    for name in images:
         stem = _stem(name)
         listing.captions.append(_caption_of(stem, others, endings))
         if stem in stems:
             remarks.add("the same name as another image, and so the same caption", folder / name)
         stems.add(stem)
     used = set(listing.captions)
-    for name, is_dir in others.items():
+    for name in others:
         if name not in used:
-            _pass_over(name, is_dir, listing, stems, caption_extensions, remarks)
+            _pass_over(name, name in folders, listing, stems, caption_extensions, remarks)
     return listing
 
 
@@ -112,11 +117,11 @@ def list_masks(
         OSError: If the folder cannot be read.
     """
     by_stem: dict[str, str] = {}
-    astray: list[str] = []
-    for name, is_dir in _entries(folder, astray):
+    names, folders, astray = _entries(folder)
+    for name in image_names(names):
         if name in astray:
             remarks.add("a link out of the folder, left out", folder / name)
-        elif is_image_name(name) and not is_dir:
+        elif name not in folders:
             if _stem(name) in by_stem:
                 remarks.add("a second mask of the same name, left out", folder / name)
             by_stem.setdefault(_stem(name), name)
@@ -131,24 +136,26 @@ def list_masks(
     return masks, skipped
 
 
-def _entries(folder: Path, astray: list[str]) -> list[tuple[str, bool]]:
-    """Give the names in a folder, sorted, and whether they are folders.
+def _entries(folder: Path) -> tuple[list[str], set[str], list[str]]:
+    """List a folder.
 
-    Args:
-        folder: The folder.
-        astray: Gets the names of links that lead out of it.
+    Returns:
+        All names in it, sorted; which of them are folders; links to what does not lie in it.
     """
     with os.scandir(folder) as found:
         # Told with the listing itself; asking for each file takes seconds for 100 000.
         entries = list(found)
     links = [entry for entry in entries if entry.is_symlink()]
     root = os.path.realpath(folder) if links else ""
+    astray = []
     for entry in links:
         # A dataset from elsewhere must not reach what else lies on this machine.
         target = os.path.realpath(entry.path)
         if os.path.exists(target) and not lies_in(root, target):  # noqa: PTH110 - no need of a path
             astray.append(entry.name)
-    return sorted((entry.name, is_folder(entry)) for entry in entries)
+    names = sorted(entry.name for entry in entries)
+    folders = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    return names, folders | {entry.name for entry in links if is_folder(entry)}, astray
 
 
 def _stem(image: str) -> str:

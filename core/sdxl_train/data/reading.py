@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sdxl_train.data.captions import CaptionFile
-    from sdxl_train.data.file_facts import FileFacts
     from sdxl_train.data.images import ImageHeader
     from sdxl_train.data.scan_index import FolderIndex, ScanIndex
 
@@ -133,33 +132,34 @@ class _Reading:
     def recall(self, files: Sequence[_Names]) -> list[Read | None]:
         """Give the images of which nothing need be opened, None for the others."""
         images, captions, masks = zip(*files, strict=True) if files else ((), (), ())
-        known = zip(
+        rows = zip(
             files,
             self.files.recall(images),
             self.files.recall(captions),
             self.masks.recall(masks),
             strict=True,
         )
-        return [self._recalled(*of_image) for of_image in known]
+        return [self._recalled(*of_image) for of_image in rows]
 
     def _recalled(
-        self,
-        names: _Names,
-        image: FileFacts | None,
-        caption: FileFacts | None,
-        mask: FileFacts | None,
+        self, names: _Names, image: int | None, caption: int | None, mask: int | None
     ) -> Read | None:
-        if image is None or (image.header is None) or (self.decode and not image.sound):
+        kept, masks = self.files.kept, self.masks.kept
+        if image is None or (self.decode and not kept.sound[image]):
             return None
-        text = mask_header = None
-        if names[1] and (caption is None or (text := caption.caption) is None):
+        header, text, mask_header = kept.headers[image], None, None
+        if header is None:
+            return None
+        if names[1] and (caption is None or (text := kept.caption(caption)) is None):
             return None
         if names[2] and (
-            mask is None or (mask_header := mask.header) is None or (self.decode and not mask.sound)
+            mask is None
+            or (self.decode and not masks.sound[mask])
+            or (mask_header := masks.headers[mask]) is None
         ):
             return None
         return Read(
-            self.folder, self.mask_folder, names, image.stamp[0], image.header, text, mask_header
+            self.folder, self.mask_folder, names, kept.num_bytes[image], header, text, mask_header
         )
 
     def some(self, files: Sequence[_Names]) -> list[Read]:
@@ -172,7 +172,7 @@ class _Reading:
             self.folder,
             self.mask_folder,
             (image, caption, mask),
-            0 if isinstance(header, ImageError) else self.files.facts(image).stamp[0],
+            0 if isinstance(header, ImageError) else self.files.facts(image).num_bytes,
             header,
             self._caption(caption) if caption else None,
             self._header(self.masks, mask) if mask else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,5 +31,5 @@ def balanced(images: Sequence[ImageRecord]) -> list[ImageRecord]:
         if not image.is_reg:
             used.append(image)
         elif repeats := next(remaining, 0):
-            used.append(replace(image, repeats=repeats))
+            used.append(image._replace(repeats=repeats))
     return used

@@ -38,12 +38,14 @@ def dataset_report(scan: Scan) -> dict[str, Any]:
         "buckets": _buckets(every),
         "duplicates": [[str(path) for path in group] for group in scan.duplicates],
         "tiny": [
-            _sized(image) | {"scale": round(image.scale, 3)} for image in every if image.is_tiny
+            _sized(image) | {"scale": round(image.fit.scale(image.size), 3)}
+            for image in every
+            if image.fit.is_large_for(image.size)
         ],
         "extreme": [
             _sized(image) | {"crop_share": round(image.fit.crop_share, 3)}
             for image in every
-            if image.is_extreme
+            if image.fit.is_extreme_for(image.size)
         ],
         "datasets": _datasets(scan),
     }
@@ -67,10 +69,14 @@ def _buckets(images: Sequence[ImageRecord]) -> list[dict[str, Any]]:
             "images": len(group),
             "repeats": sum(image.repeats for image in group),
             "crop_share": round(sum(image.fit.crop_share for image in group) / len(group), 4),
-            "upscale_share": round(sum(image.scale > 1 for image in group) / len(group), 4),
+            "upscale_share": round(_num_enlarged(group) / len(group), 4),
         }
         for size, group in sorted(groups.items())
     ]
+
+
+def _num_enlarged(images: Sequence[ImageRecord]) -> int:
+    return sum(image.fit.scale(image.size) > 1 for image in images)
 
 
 def _datasets(scan: Scan) -> list[dict[str, Any]]:

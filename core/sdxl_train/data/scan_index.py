@@ -15,16 +15,18 @@ import hashlib
 import os
 import stat
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxl_train.data.captions import read_caption
-from sdxl_train.data.file_facts import FileFacts, packed, stamp_of, unpacked
+from sdxl_train.data.file_facts import FileFacts, KeptFacts, mark_of, packed, stamp_of
 from sdxl_train.data.images import ImageError, load_image, read_header
 from sdxl_train.files import replace_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from sdxl_train.data.captions import CaptionFile
     from sdxl_train.data.file_facts import Stamp
@@ -44,10 +46,11 @@ class FolderIndex:
         kept: The facts kept from before.
     """
 
-    def __init__(self, path: str, kept: dict[str, FileFacts]) -> None:
+    def __init__(self, path: str, kept: KeptFacts) -> None:
         self.path = path
+        self.kept = kept
         self.changed = False
-        self._kept = kept
+        self._untouched = bytearray(len(kept.marks))
         self._used: dict[str, FileFacts] = {}
         self._unsettled: set[str] = set()
 
@@ -93,7 +96,9 @@ class FolderIndex:
 
     def forget(self, name: str) -> None:
         """Believe nothing of a file any more, which turned out not to be sound."""
-        self.changed = self._used.pop(name, None) is not None or self.changed
+        self._used.pop(name, None)
+        self.kept.rows.pop(name, None)
+        self.changed = True
 
     def caption(self, name: str) -> CaptionFile:
         """Give the content of a caption file, as :func:`read_caption`.
@@ -120,23 +125,31 @@ class FolderIndex:
             self.changed = True
         return facts.content
 
-    def recall(self, names: Iterable[str | None]) -> list[FileFacts | None]:
-        """Give what is known of files, None of those that are new or were touched."""
-        start, kept, used = self.path + os.sep, self._kept, self._used
-        found: list[FileFacts | None] = []
-        for name in names:
-            facts = used.get(name) if name is not None else None
-            if facts is None and name is not None and (before := kept.get(name)) is not None:
-                try:
-                    # A path takes thrice as long, and calls count where there are 200 000 files.
-                    status = os.stat(start + name)  # noqa: PTH116
-                except OSError:
-                    pass
-                else:
-                    if before.stamp == stamp_of(status):
-                        facts = used[name] = before
-            found.append(facts)
-        return found
+    def known_content(self, name: str) -> str | None:
+        """Give the hash of all bytes of a file that was asked for before, if it is known."""
+        if (known := self._used.get(name)) is not None:
+            return known.content
+        row = self.kept.rows.get(name)
+        return self.kept.content(row) if row is not None and self._untouched[row] else None
+
+    def recall(self, names: Iterable[str | None]) -> list[int | None]:
+        """Give the rows of files in ``kept``, None of those that are new or were touched."""
+        row_of, marks, untouched = self.kept.rows.get, self.kept.marks, self._untouched
+        rows: list[int | None] = []
+        with _asker(self.path) as status_of:
+            for name in names:
+                row = None if name is None else row_of(name)
+                if row is not None and name is not None and not untouched[row]:
+                    try:
+                        # What was read anew in this process is in no row.
+                        if name not in self._used and marks[row] == mark_of(status_of(name)):
+                            untouched[row] = True
+                        else:
+                            row = None
+                    except OSError:  # it has gone, which whoever opens it will say
+                        row = None
+                rows.append(row)
+        return rows
 
     def facts(self, name: str) -> FileFacts:
         """Give what is known of a file as it was when this was first asked.
@@ -145,31 +158,41 @@ class FolderIndex:
             OSError: If it is not there, or no file.
         """
         known = self._used.get(name)
-        if known is not None:
-            return known
-        status = self._status(name)
-        stamp = stamp_of(status)
-        known = self._kept.get(name)
-        if known is None or known.stamp != stamp:
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "is not a regular file")
-            known = FileFacts(stamp)
-            if not is_settled(stamp):
-                self._unsettled.add(name)
-        self._used[name] = known
+        if known is None:
+            known = self._used[name] = self._recalled(name) or self._new(name)
         return known
+
+    def _recalled(self, name: str) -> FileFacts | None:
+        row = self.kept.rows.get(name)
+        if row is not None and not self._untouched[row]:
+            (row,) = self.recall([name])
+        return None if row is None else self.kept.facts(row)
+
+    def _new(self, name: str) -> FileFacts:
+        status = self._status(name)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+        if not is_settled(stamp_of(status)):
+            self._unsettled.add(name)
+        return FileFacts(mark_of(status), status.st_size)
 
     def is_unchanged(self, name: str) -> bool:
         """Tell whether a file is still as it was when it was first asked for."""
-        return stamp_of(self._status(name)) == self._used[name].stamp
+        return mark_of(self._status(name)) == self.facts(name).mark
 
     def to_keep(self) -> dict[str, FileFacts]:
         """Give the facts that may be believed at the next start."""
-        return {
+        untouched = {
+            name: self.kept.facts(row)
+            for name, row in self.kept.rows.items()
+            if self._untouched[row]
+        }
+        read = {
             name: facts
             for name, facts in self._used.items()
             if name not in self._unsettled and _is_unicode(name)
         }
+        return untouched | read
 
     def _image_facts(self, name: str) -> FileFacts:
         try:
@@ -233,19 +256,37 @@ class ScanIndex:
                 replace_file(self._file(folder.path), packed(folder.to_keep()), durable=False)
                 folder.changed = False
 
-    def _kept(self, folder: str) -> dict[str, FileFacts]:
+    def _kept(self, folder: str) -> KeptFacts:
         """Read the index of a folder; one that is damaged, or of another version, is none."""
         if self.home is None:
-            return {}
+            return KeptFacts()
         try:
-            return unpacked(self._file(folder).read_bytes())
+            return KeptFacts.of(self._file(folder).read_bytes())
         except (OSError, ValueError):
-            return {}
+            return KeptFacts()
 
     def _file(self, folder: str) -> Path:
         assert self.home is not None
         name = _hash(os.fsencode(os.path.realpath(folder))).hexdigest()
         return self.home / f"{name}.json"
+
+
+@contextmanager
+def _asker(folder: str) -> Iterator[Callable[[str], os.stat_result]]:
+    """Give what asks the system for the status of a file in a folder, in the quickest way.
+
+    Calls count where there are 200 000 files: with a path in text one takes a third of the time
+    that it takes with a Path, and with the name in an open folder a fifth less.
+    """
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except OSError:  # always on Windows; or whoever asks may not list it
+        yield lambda name: os.stat(f"{folder}{os.sep}{name}")  # noqa: PTH116
+        return
+    try:
+        yield partial(os.stat, dir_fd=opened)
+    finally:
+        os.close(opened)
 
 
 def user_index() -> ScanIndex:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sdxl_train.data.annotations import read_annotations
 from sdxl_train.data.buckets import SizeError
@@ -16,7 +17,7 @@ from sdxl_train.data.views import split_face
 from sdxl_train.errors import Problem, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from sdxl_train.data.annotations import Annotation
@@ -59,6 +60,7 @@ class SubsetScan:
         self.findings = findings
         self.place = place
         self.annotations: dict[Path, Annotation] = {}
+        self._judged = cache(self._judge)
 
     def records(self) -> list[ImageRecord]:
         """Give the images that can be used, in the order of their names."""
@@ -182,13 +184,17 @@ class SubsetScan:
         if annotation and annotation.size not in (None, read.header.size):
             remark = "its image_size in the metadata file is not that of the image, which counts"
             self.findings.remarks.add(remark, read.path)
-        chosen = self._fit(read, read.header)
-        if chosen is None or not self._mask_fits(read, read.header):
+        judged = self._judged(read.header)
+        for remark, detail in judged.remarks:
+            self.findings.remarks.add(remark, read.path, detail)
+        if judged.fault:
+            self.findings.bad_image(read.path, judged.fault)
+        if judged.fit is None or (read.mask is not None and not self._mask_fits(read, read.mask)):
             return None
         if subset.views.face_crop_aug_range and split_face(read.path.stem)[1] is None:
             remark = "no face in the name (_X_Y_W_H), cropped at the centre"
             self.findings.remarks.add(remark, read.path)
-        record = ImageRecord(
+        return ImageRecord(
             folder=read.folder,
             name=read.names[0],
             num_bytes=read.num_bytes,
@@ -198,28 +204,15 @@ class SubsetScan:
             repeats=subset.num_repeats,
             is_reg=subset.is_reg,
             subset=self.index,
-            fit=chosen,
+            fit=judged.fit,
             mask=read.mask_path,
         )
-        self._remark_on_size(record)
-        return record
-
-    def _remark_on_size(self, record: ImageRecord) -> None:
-        remarks, views = self.findings.remarks, self.subset.views
-        if record.is_tiny:
-            detail = f"{record.scale:.1f} times"
-            remarks.add("enlarged to more than twice its size", record.path, detail)
-        if record.is_extreme and not (views.random_crop or views.face_crop_aug_range):
-            width, height = record.size
-            detail = f"{width}x{height}, {record.fit.crop_share:.0%} cut off"
-            remark = "long and narrow, or more than 40 % of it is cut off"
-            remarks.add(remark, record.path, detail)
 
     def _caption(self, caption: CaptionFile, read: Read, annotation: Annotation | None) -> str:
         for remark in caption.remarks:
             self.findings.poor_caption(read.caption_path or read.path, remark)
         if not self.subset.captions.enable_wildcard:
-            if len(caption.lines) > 1:
+            if "\n" in caption.content:
                 remark = "caption more than one line, only the first is used (enable_wildcard)"
                 self.findings.remarks.add(remark, read.caption_path or read.path)
             return caption.text
@@ -227,7 +220,7 @@ class SubsetScan:
             line, column = caption.bad_brace
             where = f"{annotation.place}: caption" if annotation else str(read.caption_path)
             self.findings.problem(f"{where}:{line}:{column}", UNBALANCED, BALANCE)
-        return "\n".join(caption.lines)
+        return caption.content
 
     def _masks(self, images: Sequence[str]) -> Sequence[str | None]:
         """Give the mask of each image, if the subset has any."""
@@ -253,40 +246,54 @@ class SubsetScan:
             )
         return masks
 
-    def _mask_fits(self, read: Read, header: ImageHeader) -> bool:
-        """Check the mask against its image."""
-        remarks = self.findings.remarks
-        if self.subset.alpha_mask:
-            if not header.transparent:
-                remarks.add("no alpha channel, so all of it counts (alpha_mask)", read.path)
-        elif header.transparent:
-            remarks.add("transparent, laid on white", read.path)
-        if read.mask is None:
-            return True
+    def _mask_fits(self, read: Read, mask: ImageHeader | ImageError) -> bool:
+        """Check the mask of an image that can be used."""
         assert read.mask_path is not None
-        if isinstance(read.mask, ImageError):
-            self.findings.bad_image(read.mask_path, str(read.mask))
+        assert isinstance(read.header, ImageHeader)
+        if isinstance(mask, ImageError):
+            self.findings.bad_image(read.mask_path, str(mask))
             return False
-        if read.mask.size != header.size:
+        remarks = self.findings.remarks
+        if mask.size != read.header.size:
             remarks.add("a mask of another size than its image, resized", read.mask_path)
-        if not read.mask.grey:
+        if not mask.grey:
             remarks.add("a mask in colour, its red channel counts", read.mask_path)
         return True
 
-    def _fit(self, read: Read, header: ImageHeader) -> Fit | None:
+    def _judge(self, header: ImageHeader) -> _Judged:
+        """Find the training size of images with this head, and what is odd about them."""
+        (width, height), remarks = header.size, []
         if header.misnamed:
-            self.findings.remarks.add(f"in truth {header.format}, read as that", read.path)
+            remarks.append((f"in truth {header.format}, read as that", ""))
         if header.animated:
-            self.findings.remarks.add("animated, only its first picture is used", read.path)
-        width, height = header.size
+            remarks.append(("animated, only its first picture is used", ""))
         if min(width, height) < self.multiple:
-            message = f"{width}x{height} is less than {self.multiple} pixels on a side"
-            self.findings.bad_image(read.path, message)
-            return None
+            fault = f"{width}x{height} is less than {self.multiple} pixels on a side"
+            return _Judged(fault=fault, remarks=tuple(remarks))
         if self.fit is None:
-            return None
+            return _Judged(remarks=tuple(remarks))
         try:
-            return self.fit(header.size)
+            fit = self.fit(header.size)
         except SizeError as error:
-            self.findings.bad_image(read.path, str(error))
-            return None
+            return _Judged(fault=str(error), remarks=tuple(remarks))
+        if self.subset.alpha_mask and not header.transparent:
+            remarks.append(("no alpha channel, so all of it counts (alpha_mask)", ""))
+        elif header.transparent and not self.subset.alpha_mask:
+            remarks.append(("transparent, laid on white", ""))
+        return _Judged(fit, remarks=(*remarks, *self._remarks_on_fit(header.size, fit)))
+
+    def _remarks_on_fit(self, size: Size, fit: Fit) -> Iterator[tuple[str, str]]:
+        views = self.subset.views
+        if fit.is_large_for(size):
+            yield "enlarged to more than twice its size", f"{fit.scale(size):.1f} times"
+        if fit.is_extreme_for(size) and not (views.random_crop or views.face_crop_aug_range):
+            detail = f"{size[0]}x{size[1]}, {fit.crop_share:.0%} cut off"
+            yield "long and narrow, or more than 40 % of it is cut off", detail
+
+
+class _Judged(NamedTuple):
+    """What images with one head are trained at, or why they cannot be; remarks with details."""
+
+    fit: Fit | None = None
+    fault: str = ""
+    remarks: tuple[tuple[str, str], ...] = ()

@@ -41,7 +41,7 @@ def validation_images(
     """Give the held-out images of a dataset, each once."""
     for image in images:
         if not image.is_reg and image.path.resolve() in held:
-            yield replace(image, repeats=1)
+            yield image._replace(repeats=1)
 
 
 def fixed(config: DatasetConfig) -> DatasetConfig:

@@ -73,7 +73,8 @@ def count_tokens(tokenizer: CLIPTokenizer, texts: Sequence[str], *, weighted: bo
         for text in texts
     ]
     words = sorted({word for text in split for word in text})
-    lengths = dict(zip(words, map(len, token_ids(tokenizer, words)), strict=True))
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(words, add_special_tokens=False)
+    lengths = dict(zip(words, map(len, encoded), strict=True))
     return [sum(map(lengths.__getitem__, text)) for text in split]
 
 

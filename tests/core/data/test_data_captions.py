@@ -272,5 +272,5 @@ def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
 
 def test_lines_are_kept_and_bad_braces_are_placed_in_the_file(tmp_path: Path) -> None:
     caption = read_caption(written(tmp_path, b"\r\n a  b\r\n\r\n  {c|d\r\n"))
-    assert caption.lines == ("a b", "{c|d")
+    assert caption.lines == ["a b", "{c|d"]
     assert caption.bad_brace == (4, 3)

@@ -48,12 +48,13 @@ def test_an_untouched_file_is_not_opened_again(
     for reader in ("read_header", "read_caption", "load_image"):
         monkeypatch.setattr(f"sdxl_train.data.scan_index.{reader}", refuse)
     second = ScanIndex(tmp_path / "home").folder(picture.parent)
-    image, _, text = second.recall(["a.png", None, "a.txt"])
+    image, nothing, text = second.recall(["a.png", None, "a.txt"])
+    assert nothing is None
     assert image is not None
-    assert image.sound
-    assert image.header == second.header("a.png") == header
+    assert second.kept.sound[image]
+    assert second.kept.headers[image] == second.header("a.png") == header
     assert text is not None
-    assert text.caption == second.caption("a.txt") == caption
+    assert second.kept.caption(text) == second.caption("a.txt") == caption
     second.check_pixels("a.png")
 
 
@@ -91,12 +92,13 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
         lambda _: b"",
         lambda data: data[:-9],
         lambda data: data.replace(b'"format":', b'"format":9'),
-        lambda data: data.replace(b'"headers":[0]', b'"headers":[7]'),
-        lambda data: data.replace(b'"headers":[0]', b'"headers":[]'),
-        lambda data: data.replace(b'"sound":[false]', b'"sound":["?"]'),
-        lambda data: data.replace(b'"stamps":"', b'"stamps":"00'),
-        lambda data: data.replace(b'"stamps":"', b'"stamps":"' + 32 * b"00"),
-        lambda data: data.replace(b'"odd_captions":{', b'"odd_captions":{"3":{"lines":[]}'),
+        lambda data: data.replace(b'"headers":"00', b'"headers":"07'),
+        lambda data: data.replace(b'"headers":"00000000', b'"headers":"'),
+        lambda data: data.replace(b'"sound":"0', b'"sound":"?'),
+        lambda data: data.replace(b'"marks":"', b'"marks":"00'),
+        lambda data: data.replace(b'"marks":"', b'"marks":"' + 32 * b"00"),
+        lambda data: data.replace(b'"odd_captions":{', b'"odd_captions":{"3":["",[],null]'),
+        lambda data: data.replace(b'"captions":"', b'"captions":"\\t'),
     ],
     ids=[
         "empty",
@@ -108,6 +110,7 @@ def test_a_file_written_just_now_is_not_remembered(tmp_path: Path, make_image: M
         "stamp",
         "stamps",
         "caption",
+        "captions",
     ],
 )
 def test_a_damaged_index_is_as_good_as_none(
@@ -117,7 +120,9 @@ def test_a_damaged_index_is_as_good_as_none(
     first.folder(picture.parent).header("a.png")
     first.save()
     (file,) = (tmp_path / "home").iterdir()
-    file.write_bytes(damage(file.read_bytes()))
+    data = file.read_bytes()
+    assert damage(data) != data
+    file.write_bytes(damage(data))
     second = ScanIndex(tmp_path / "home").folder(picture.parent)
     assert second.recall(["a.png"]) == [None]
     assert second.header("a.png").size == (64, 64)

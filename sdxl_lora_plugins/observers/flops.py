@@ -7,15 +7,20 @@ denoiser that is one forward pass and one backward pass through its activations,
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
 
-from sdxl_train.ldm import LdmModel
+from sdxl_train.ldm import LoadedLdm
 
 if TYPE_CHECKING:
-    from sdxl_train import LoadedModel, Run
+    from collections.abc import Sequence
+
+    from sdxl_train import Run
 
 PASSES: Final = 2
 _DTYPES: Final = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -57,14 +62,11 @@ def utilization(run: Run) -> dict[str, Any]:
         ``peak_of``: ``data sheet``, or ``measured`` where none is known for this device and type.
         All are None where there is a reason, ``why``.
     """
-    steps = list(run.history.since(0))
-    why = None
+    model, steps = run.assembly.model, list(run.history.since(0))
     if not steps:
-        why = "no step is done"
-    elif not isinstance(run.config.model, LdmModel):
-        why = "the operations of this model are not counted"
-    if why is not None:
-        return unknown_utilization(why)
+        return unknown_utilization("no step is done")
+    if not isinstance(model, LoadedLdm):
+        return unknown_utilization("the operations of this model are not counted")
     device = next(iter(run.assembly.parameters)).device
     dtype = _DTYPES[run.config.training.mixed_precision]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -72,7 +74,7 @@ def utilization(run: Run) -> dict[str, Any]:
     peak = known or measured_peak(device, dtype)
     # The median of all steps, of which the first ones compile and warm up.
     rates = sorted(step.samples / step.seconds for step in steps)
-    rate = mean_flops(run) * PASSES * rates[len(rates) // 2]
+    rate = mean_flops(run, model) * PASSES * rates[len(rates) // 2]
     return {
         "value": rate / peak,
         "rate": rate,
@@ -102,24 +104,65 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds)
 
 
-def mean_flops(run: Run) -> float:
+def mean_flops(run: Run, model: LoadedLdm) -> float:
     """Give the operations of the denoiser for one sample: the mean over the buckets."""
-    model = run.config.model.build("meta", torch.float32)
+    scale, tokens = model.latent_scale, model.max_tokens + 2  # begin and end
     buckets = run.plan.dataset["buckets"]
-    total = sum(forward_flops(model, *b["resolution"]) * b["images"] for b in buckets)
+    total = 0
+    for bucket in buckets:
+        width, height = (side // scale for side in bucket["resolution"])
+        total += bucket["images"] * forward_flops(model.denoiser, width, height, tokens)
     return float(total / sum(bucket["images"] for bucket in buckets))
 
 
-def forward_flops(model: LoadedModel, width: int, height: int) -> int:
-    """Count the operations of one forward pass of the denoiser of a model on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
+def forward_flops(unet: nn.Module, width: int, height: int, tokens: int) -> int:
+    """Count the operations of one forward pass: those of its matrix products.
 
-    scale = model.latent_scale
-    with torch.no_grad(), torch.device("meta"):
-        text = model.encode_text([""])
-        size = torch.zeros(1, 2, dtype=torch.int64)
-        sizes = dict.fromkeys(("original_size", "crop_top_left", "target_size"), size)
-        latents = torch.zeros(1, 4, height // scale, width // scale)
-        with FlopCounterMode(display=False) as counter:
-            model.predict(latents, torch.zeros(1, dtype=torch.int64), {**text, **sizes})
-    return int(counter.get_total_flops())
+    A layer multiplies its weight with as many columns as its output has positions, and those
+    follow from where it stands.
+
+    Args:
+        unet: Of diffusers' layout, on any device.
+        width: Of the latents.
+        height: Of the latents.
+        tokens: Of the text that it is told.
+    """
+    sizes = [(width, height)]
+    for _ in range(len(unet.get_submodule("down_blocks")) - 1):  # type: ignore[arg-type]
+        sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
+    pixels = [w * h for w, h in sizes]
+    total = 0
+    for path, layer in unet.named_modules():
+        if isinstance(layer, nn.Linear):
+            total += 2 * layer.in_features * layer.out_features * _positions(path, pixels, tokens)
+        elif isinstance(layer, nn.Conv2d):
+            # Not of its weight, which may be packed.
+            each = layer.in_channels // layer.groups * layer.out_channels
+            total += 2 * each * math.prod(layer.kernel_size) * _positions(path, pixels, tokens)
+        elif isinstance(layer, Attention):
+            queries, keys = (_positions(f"{path}.{name}", pixels, tokens) for name in ("q", "to_k"))
+            # Queries with keys, and what comes of that with values.
+            total += 2 * 2 * queries * keys * layer.inner_dim
+    return total
+
+
+def _positions(path: str, pixels: Sequence[int], tokens: int) -> int:
+    """Give for how many positions a layer of a U-Net computes.
+
+    Args:
+        path: Of the layer.
+        pixels: Of each level, the finest first.
+        tokens: Of the text.
+    """
+    block, *within = path.split(".")
+    if "embedding" in block or "time_emb_proj" in within:
+        return 1
+    if "attn2" in within and within[-1] in ("to_k", "to_v"):
+        return tokens
+    if block == "mid_block":
+        return pixels[-1]
+    if block == "down_blocks":
+        return pixels[int(within[0]) + ("downsamplers" in within)]
+    if block == "up_blocks":
+        return pixels[len(pixels) - 1 - int(within[0]) - ("upsamplers" in within)]
+    return pixels[0]

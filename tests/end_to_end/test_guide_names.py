@@ -7,7 +7,6 @@ as a process of its own.
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 from importlib import resources
@@ -21,7 +20,6 @@ from safetensors.torch import load_file
 from sdxl_train.cli import main
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.end_to_end.conftest import StartCommand
@@ -131,14 +129,6 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.open(file).convert("RGB").resize((64, 64)).save(path)
         path.with_suffix(".txt").write_text("a photograph", encoding="utf-8")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def few_objects() -> Iterator[None]:
-    """Let collections of garbage, of which each run has several, pass over what is here before."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def settings(model: Path, images: Path, output: Path) -> dict[str, Any]:

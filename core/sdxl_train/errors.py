@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sdxl_train.wording import in_one_line
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -25,7 +27,8 @@ class Problem:
 
     def __str__(self) -> str:
         """Render as ``place: message``, the remedy on a line of its own."""
-        text = f"{self.place}: {self.message}" if self.place else self.message
+        place = in_one_line(self.place)
+        text = f"{place}: {self.message}" if place else self.message
         return f"{text}\n    -> {self.remedy}" if self.remedy else text
 
 

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sdxl_train.config import RunConfig
-    from sdxl_train.data.dataset_options import DatasetOptions
     from sdxl_train.data.sources import Scan
 
 LONGEST_NAME = 200
@@ -48,7 +47,7 @@ def rule_remarks(config: RunConfig, scanned: Scan | None) -> Iterator[str]:
     yield from _length_remarks(config)
     yield from _start_remarks(config)
     yield from _output_remarks(config)
-    yield from _idle_options(config)
+    yield from _idle_options(config, scanned)
     yield from _rate_remarks(config)
     yield from _secret_remarks(config)
     if scanned is not None:
@@ -264,7 +263,7 @@ def _uses_cuda(config: RunConfig, asked: str) -> bool:
     return config.is_set(asked) and config.device().type == "cuda"
 
 
-def _idle_options(config: RunConfig) -> Iterator[str]:
+def _idle_options(config: RunConfig, scanned: Scan | None) -> Iterator[str]:
     """Name options that do nothing without another one, which sd-scripts passes over in silence."""
     output, dataset = config.output, config.dataset
     saves_states = output.save_state or output.save_state_on_train_end
@@ -280,11 +279,12 @@ def _idle_options(config: RunConfig) -> Iterator[str]:
         ("save_last_n_steps_state", saves_states or output.save_state_every_n_steps, "save_state"),
         (
             "persistent_data_loader_workers",
-            dataset.max_data_loader_n_workers,
-            "workers (max_data_loader_n_workers above 0)",
+            dataset.max_data_loader_n_workers and not dataset.caches_latents,
+            "workers that load images while it trains (max_data_loader_n_workers above 0, "
+            "latents not cached)",
         ),
         *((name, _uses_cuda(config, name), "a CUDA GPU") for name in ("check_late", "pin_memory")),
-        ("prior_loss_weight", _may_have_regularization(dataset), "regularization images"),
+        ("prior_loss_weight", _has_regularization(scanned), "regularization images"),
     )
     for name, needed, what in conditions:
         if config.is_set(name) and not needed:
@@ -328,5 +328,8 @@ def _idle_validation(config: RunConfig, scanned: Scan) -> Iterator[str]:
         )
 
 
-def _may_have_regularization(dataset: DatasetOptions) -> bool:
-    return dataset.reg_data_dir is not None or dataset.dataset_config is not None
+def _has_regularization(scanned: Scan | None) -> bool:
+    """Tell whether there are regularization images, or may be."""
+    if scanned is None:
+        return True
+    return any(subset.is_reg for data in scanned.datasets for subset in data.config.subsets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -77,6 +78,22 @@ def suggestion(name: str, candidates: Sequence[str]) -> str:
     if candidates and len(candidates) <= 12:
         return f"known are {', '.join(sorted(candidates))}"
     return ""
+
+
+def visible(text: str) -> str:
+    """Show as escapes what could steer a terminal or reverse its text; lines and tabs stay."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def in_one_line(text: str) -> str:
+    """Show line ends and tabs as escapes too: names of files may have them."""
+    return visible(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+_STEERING = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+"""Control characters, and those that change the direction of writing (Unicode TR 9)."""
 
 
 def _plain(name: str) -> str:

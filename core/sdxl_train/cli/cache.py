@@ -8,6 +8,7 @@ from sdxl_train.cli.console import warn
 from sdxl_train.cli.invocation import CoreCommand
 from sdxl_train.errors import UserError
 from sdxl_train.options import Setting
+from sdxl_train.wording import in_one_line
 
 if TYPE_CHECKING:
     from sdxl_train.cli.invocation import Invocation
@@ -50,7 +51,7 @@ def run(invocation: Invocation) -> int:
 
     if prunes:
         for folder in prune_caches(prepared):
-            print(folder)
+            print(in_one_line(str(folder)))
         return 0
     try:
         fill_caches(prepared, imports_latents=imports)

@@ -13,6 +13,7 @@ from sdxl_train.errors import EndedElsewhereError, LostConnectionError, UserErro
 from sdxl_train.launch import launched
 from sdxl_train.progress import allow_bars
 from sdxl_train.remarks import concerns_the_run
+from sdxl_train.wording import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +49,7 @@ class _Console(logging.StreamHandler[TextIO]):
 
     def format(self, record: logging.LogRecord) -> str:
         """Give plain text for information, the level in front of what is more."""
-        text = super().format(record)
+        text = visible(super().format(record))
         if record.levelno > logging.INFO:
             return f"{record.levelname.lower()}: {text}"
         return text
@@ -158,10 +159,10 @@ def report(error: SdxlTrainError) -> None:
             file=sys.stderr,
         )
         for problem in error.problems:
-            print(f"  {problem}".replace("\n", "\n  "), file=sys.stderr)
+            print(f"  {visible(str(problem))}".replace("\n", "\n  "), file=sys.stderr)
         return
     for line in (f"error: {error}", *getattr(error, "__notes__", [])):
-        print(line, file=sys.stderr)
+        print(visible(line), file=sys.stderr)
 
 
 def warn(texts: Iterable[str]) -> None:
@@ -170,4 +171,4 @@ def warn(texts: Iterable[str]) -> None:
     if not launched().main or (console is not None and console.level > logging.WARNING):
         return
     for text in texts:
-        print(f"warning: {text}", file=(console and console.file) or sys.stderr)
+        print(f"warning: {visible(text)}", file=(console and console.file) or sys.stderr)

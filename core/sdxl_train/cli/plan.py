@@ -11,6 +11,7 @@ from sdxl_train.data.dataset_options import DEFAULT
 from sdxl_train.data.findings import MOST_FOLDERS
 from sdxl_train.errors import UserError
 from sdxl_train.settings import is_on
+from sdxl_train.wording import in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -94,9 +95,9 @@ def print_plan(plan: Plan) -> None:
     rows.append(("plugins", ", ".join(_plugin(plugin) for plugin in plan.plugins)))
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"{name:<{width}}  {text}")
+        print(f"{name:<{width}}  {in_one_line(text)}")
     for item in dataset["skipped"][:5]:
-        print(f"{'left out':<{width}}  {item['path']}: {item['reason']}")
+        print(f"{'left out':<{width}}  {in_one_line(item['path'])}: {item['reason']}")
     if len(dataset["skipped"]) > 5:
         print(f"{'':<{width}}  and {len(dataset['skipped']) - 5} more")
 

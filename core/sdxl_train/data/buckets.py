@@ -188,7 +188,11 @@ def check_buckets(
 
 
 def bucket_warnings(
-    resolution: Size, options: BucketOptions, *, is_default: Callable[[str], bool]
+    resolution: Size,
+    options: BucketOptions,
+    *,
+    is_default: Callable[[str], bool],
+    place: Callable[[str], str],
 ) -> list[str]:
     """Say what valid bucket options do that their user may not expect.
 
@@ -196,6 +200,7 @@ def bucket_warnings(
         resolution: The training resolution.
         options: Bucket options without a problem.
         is_default: Tells whether an option was left at its default.
+        place: Gives the place of an option by its name.
     """
     given = [
         name
@@ -203,28 +208,27 @@ def bucket_warnings(
         if not is_default(name)
     ]
     if not options.enable_bucket:
-        ignored = f"{', '.join(given)}: no effect without enable_bucket"
-        return [ignored] if given else []
+        return [f"{place(name)}: no effect without enable_bucket" for name in given]
     if options.bucket_no_upscale:
         limits = [name for name in given if name.endswith("bucket_reso")]
-        return [f"{', '.join(limits)}: no effect with bucket_no_upscale"] if limits else []
+        return [f"{place(name)}: no effect with bucket_no_upscale" for name in limits]
     low, high = rounded_limits(options)
     step = options.bucket_reso_steps
     warnings = []
     if low != options.min_bucket_reso:
         warnings.append(
-            f"min_bucket_reso {options.min_bucket_reso} counts as {low}, a multiple of"
+            f"{place('min_bucket_reso')}: {options.min_bucket_reso} counts as {low}, a multiple of"
             f" bucket_reso_steps {step}"
         )
     if high != options.max_bucket_reso:
         warnings.append(
-            f"max_bucket_reso {options.max_bucket_reso} counts as {high}, a multiple of"
+            f"{place('max_bucket_reso')}: {options.max_bucket_reso} counts as {high}, a multiple of"
             f" bucket_reso_steps {step}"
         )
     if is_default("max_bucket_reso") and high == max(resolution):
         warnings.append(
-            f"max_bucket_reso is at its default {high}, no more than the resolution "
-            f"{_shown(resolution)}: every bucket that is not square loses area. "
+            f"{place('resolution')}: max_bucket_reso is at its default {high}, no more than the "
+            f"resolution {_shown(resolution)}: every bucket that is not square loses area. "
             f"Set max_bucket_reso to {2 * high} for buckets of equal area"
         )
     return warnings

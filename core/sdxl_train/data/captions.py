@@ -212,12 +212,13 @@ def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[s
     secondary = options.secondary_separator
     if not (mark or secondary or options.changes_tags or options.enable_wildcard):
         return []
-    unmarked = short = total = varied = parted = 0
+    unmarked = short = total = varied = parted = tagged = 0
     for caption in captions:
         varied += "\n" in caption or "{" in caption
         parted += bool(secondary) and secondary in caption
         for line in caption.split("\n"):
             total += 1
+            tagged += separator in line
             if mark and mark in line:
                 continue
             unmarked += bool(mark)
@@ -228,6 +229,10 @@ def caption_warnings(captions: Iterable[str], options: CaptionOptions) -> list[s
     if short and options.changes_tags:
         warnings.append(
             f"keep_tokens {options.keep_tokens}: {short} of {total} captions have fewer tags"
+        )
+    if total and options.changes_tags and not tagged:
+        warnings.append(
+            f"no caption has two tags to shuffle or drop (caption_separator {separator!r})"
         )
     if total and options.enable_wildcard and not varied:
         warnings.append("enable_wildcard: no caption has {red|blue} or a second line")

@@ -22,6 +22,7 @@ from sdxl_train.data.dataset_rules import (
     mask_problems,
     metadata_problems,
     overridden_remarks,
+    shadowed_remarks,
     spelling_problems,
     style_problems,
     subset_problems,
@@ -186,8 +187,10 @@ def _from_file(
             for index, subset in enumerate(table.subsets)
         ]
         resolver.add(subsets, [Layer(table, origins), general], places.of(("datasets", number)))
-    remarks = overridden_remarks(resolver.datasets, options, place)
-    return resolver.datasets, resolver.problems, list(remarks)
+    remarks = list(overridden_remarks(resolver.datasets, options, place))
+    if not resolver.problems:
+        remarks += shadowed_remarks(resolver.datasets, file, places.of)
+    return resolver.datasets, resolver.problems, remarks
 
 
 def _from_folders(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from sdxl_train.data.captions import BALANCE, UNBALANCED, bad_brace
 from sdxl_train.data.dataset_file import CALLED_HERE, DatasetTable
@@ -12,10 +12,16 @@ from sdxl_train.errors import Problem
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from pydantic import BaseModel
+
     from sdxl_train.data.buckets import BucketOptions
     from sdxl_train.data.dataset_config import DatasetConfig, SubsetConfig
+    from sdxl_train.data.dataset_file import DatasetFile
     from sdxl_train.data.dataset_options import DatasetOptions
     from sdxl_train.data.layers import Layer
+    from sdxl_train.toml_files import KeyPath
+
+ConfigT = TypeVar("ConfigT", "DatasetConfig", "SubsetConfig")
 
 
 def subset_problems(
@@ -144,12 +150,46 @@ def idle_remarks(datasets: Sequence[DatasetConfig]) -> Iterator[str]:
             "cache folder, and read again where a file has changed; nothing is written beside the "
             "images"
         )
-    for place in dict.fromkeys(
-        subset.origins["token_warmup_min"]
-        for subset in subsets
-        if subset.origins["token_warmup_min"] != DEFAULT and not subset.captions.token_warmup_step
-    ):
-        yield f"{place}: token_warmup_min has no effect without token_warmup_step"
+    moves_tags = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
+    yield from _idle(
+        subsets, "token_warmup_min", lambda s: s.captions.token_warmup_step, "token_warmup_step"
+    )
+    yield from _idle(
+        subsets,
+        "keep_tokens",
+        lambda s: s.captions.changes_tags or not s.captions.keep_tokens,
+        moves_tags,
+    )
+    for name in ("caption_extension", "class_tokens"):
+        yield from _idle(subsets, name, lambda s: not s.metadata_file, "folders of caption files")
+    yield from _idle(datasets, "validation_seed", lambda d: d.validation_split, "validation_split")
+
+
+def _idle(
+    configs: Sequence[ConfigT], name: str, acts: Callable[[ConfigT], object], what: str
+) -> Iterator[str]:
+    """Yield the places that set an option for nothing that it acts on."""
+    places = {config.origins[name]: False for config in configs}
+    for config in configs:
+        places[config.origins[name]] |= bool(acts(config))
+    for place, is_used in places.items():
+        if place != DEFAULT and not is_used:
+            yield f"{place}: has no effect without {what}"
+
+
+def shadowed_remarks(
+    datasets: Sequence[DatasetConfig], file: DatasetFile, place: Callable[[KeyPath], str]
+) -> Iterator[str]:
+    """Yield keys of a dataset file that count nowhere, because all tables inside set their own."""
+    configs: list[DatasetConfig | SubsetConfig] = [*datasets]
+    configs += [subset for dataset in datasets for subset in dataset.subsets]
+    used = {origin for config in configs for origin in config.origins.values()}
+    tables: list[tuple[KeyPath, BaseModel]] = [(("general",), file.general)]
+    tables += [(("datasets", number), table) for number, table in enumerate(file.datasets)]
+    for key, table in tables:
+        for name in sorted(table.model_fields_set - {"subsets", "network_multiplier"}):
+            if place((*key, name)) not in used:
+                yield f"{place((*key, name))}: has no effect, every table inside has its own"
 
 
 def overridden_remarks(

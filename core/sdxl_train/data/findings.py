@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sdxl_train.errors import Problem
+from sdxl_train.wording import in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,8 @@ class Remarks:
 
     def add(self, remark: str, path: Path, detail: str = "") -> None:
         """Make a remark on a file, with what is its own in it."""
-        named = f"{path} ({detail})" if detail else str(path)
+        shown = in_one_line(str(path))
+        named = f"{shown} ({detail})" if detail else shown
         self._files.setdefault(remark, {})[named] = None
 
     def lines(self) -> list[str]:

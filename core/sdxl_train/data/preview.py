@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from sdxl_train.data.images import load_image
 from sdxl_train.data.loader import PixelLoader
+from sdxl_train.wording import visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -170,5 +171,5 @@ def _figure(facts: dict[str, Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    text = "x".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "x".join(map(str, value)) if isinstance(value, list) else visible(str(value))
     return html.escape(text).replace("\n", "<br>") or "<i>empty</i>"

@@ -240,5 +240,6 @@ class _Scanner:
             config.resolution,
             config.buckets,
             is_default=lambda name: config.origins[name] == DEFAULT,
+            place=partial(self.origin, config),
         )
         return True

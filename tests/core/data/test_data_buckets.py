@@ -157,7 +157,10 @@ def test_limits_do_not_matter_with_no_upscale() -> None:
 
 def warnings(chosen: BucketOptions, *given: str, resolution: int = 1024) -> str:
     found = bucket_warnings(
-        (resolution, resolution), chosen, is_default=lambda name: name not in given
+        (resolution, resolution),
+        chosen,
+        is_default=lambda name: name not in given,
+        place=lambda name: f"--{name}",
     )
     return "\n".join(found)
 
@@ -170,8 +173,8 @@ def test_the_default_longest_side_is_warned_about_at_1024() -> None:
 
 def test_rounded_limits_and_idle_options_are_said() -> None:
     text = warnings(options(250, 2000, 64), "min_bucket_reso", "max_bucket_reso")
-    assert "min_bucket_reso 250 counts as 192" in text
-    assert "max_bucket_reso 2000 counts as 2048" in text
+    assert "--min_bucket_reso: 250 counts as 192" in text
+    assert "--max_bucket_reso: 2000 counts as 2048" in text
     assert "no effect without enable_bucket" in warnings(BucketOptions(), "bucket_no_upscale")
     idle = warnings(options(256, 512, 64, no_upscale=True), "max_bucket_reso", "bucket_no_upscale")
-    assert idle == "max_bucket_reso: no effect with bucket_no_upscale"
+    assert idle == "--max_bucket_reso: no effect with bucket_no_upscale"

@@ -564,3 +564,44 @@ num_repeats = 4
     assert (
         f"the dataset file sets it ({tmp_path / 'data.toml'}:2: general.batch_size)" in warnings[1]
     )
+
+
+def test_options_without_an_effect_are_told_with_their_place(tmp_path: Path, cats: Path) -> None:
+    path = toml(
+        tmp_path,
+        f"""
+        [general]
+        keep_tokens = 2
+        flip_aug = true
+        [[datasets]]
+        resolution = 64
+        validation_seed = 3
+        [[datasets.subsets]]
+        image_dir = '{cats}'
+        token_warmup_min = 2
+        flip_aug = false
+        """,
+    )
+    _, _, remarks = resolve(dataset_config=path)
+    without = "has no effect without"
+    tags = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
+    assert remarks == [
+        f"{path}:4: general.flip_aug: has no effect, every table inside has its own",
+        f"{path}:10: datasets[0].subsets[0].token_warmup_min: {without} token_warmup_step",
+        f"{path}:3: general.keep_tokens: {without} {tags}",
+        f"{path}:7: datasets[0].validation_seed: {without} validation_split",
+    ]
+
+
+def test_the_same_options_with_an_effect_are_not_remarked(cats: Path) -> None:
+    options = {"keep_tokens": 1, "shuffle_caption": True, "validation_split": 0.5}
+    _, _, remarks = resolve(train_data_dir=cats.parent, resolution=64, validation_seed=1, **options)
+    assert not remarks
+
+
+def test_caption_options_have_no_effect_beside_a_metadata_file(tmp_path: Path, cats: Path) -> None:
+    metadata = tmp_path / "m.json"
+    metadata.write_text('{"a": {"caption": "a cat"}}', encoding="utf-8")
+    options = {"train_data_dir": cats, "in_json": metadata, "resolution": 64}
+    _, _, remarks = resolve(caption_extension=".txt", **options)
+    assert remarks == ["--caption_extension: has no effect without folders of caption files"]

@@ -36,3 +36,16 @@ def test_no_name_of_a_file_steers_the_terminal(capsys: pytest.CaptureFixture[str
     assert not {"\x1b", "\x07", "\u202e"} & set(told)
     assert r"  a\x1b]0;title\x07\nb\u202egnp.png: a\x1b]0;title\x07" in told
     assert r"warning: 1 file: odd: a\x1b]0;title\x07\nb\u202egnp.png" in told
+
+
+def test_of_many_problems_alike_the_first_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    findings = Findings(skip_bad=False)
+    for number in range(23):
+        findings.bad_image(Path(f"{number}.png"), "is empty")
+    findings.bad_image(Path("last.png"), "is damaged")
+    report(UserError(findings.problems))
+    told = capsys.readouterr().err
+    assert told.startswith("sdxl-train: 24 problems")
+    assert told.count(".png: is empty\n") == 20
+    assert told.endswith("  and 3 more: is empty\n")
+    assert "last.png: is damaged" in told

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -16,10 +17,10 @@ from sdxl_train.remarks import concerns_the_run
 from sdxl_train.wording import visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sdxl_train.config import RunConfig
-    from sdxl_train.errors import SdxlTrainError
+    from sdxl_train.errors import Problem, SdxlTrainError
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -158,11 +159,27 @@ def report(error: SdxlTrainError) -> None:
             f"sdxl-train: {count} problem{'' if count == 1 else 's'}, nothing was started",
             file=sys.stderr,
         )
-        for problem in error.problems:
-            print(f"  {visible(str(problem))}".replace("\n", "\n  "), file=sys.stderr)
+        for text in _shown(error.problems):
+            print(f"  {visible(text)}".replace("\n", "\n  "), file=sys.stderr)
         return
     for line in (f"error: {error}", *getattr(error, "__notes__", [])):
         print(visible(line), file=sys.stderr)
+
+
+MOST_ALIKE = 20
+"""Problems with the same message that are told one by one: a dataset may have 100 000."""
+
+
+def _shown(problems: Sequence[Problem]) -> Iterator[str]:
+    alike = Counter[tuple[str, str]]()
+    for problem in problems:
+        kind = (problem.message, problem.remedy)
+        alike[kind] += 1
+        if alike[kind] <= MOST_ALIKE:
+            yield str(problem)
+    for (message, _), count in alike.items():
+        if count > MOST_ALIKE:
+            yield f"and {count - MOST_ALIKE} more: {message}"
 
 
 def warn(texts: Iterable[str]) -> None:

@@ -110,6 +110,10 @@ def _lines(path: Path, findings: Findings) -> Iterator[_Entry]:
         yield _Entry(line=number, key=key if isinstance(key, str) else "", fields=fields)
 
 
+_PATH_ELSEWHERE = ("file_name", "filename", "file", "path", "image", "img")
+"""What other programs call the path of an image."""
+
+
 class _EntryReader:
     """Reads the entries of one file."""
 
@@ -135,7 +139,12 @@ class _EntryReader:
             return None
         faults = list(_faults(entry.fields))
         if not entry.key:
-            faults.append("has no image_path: write the path of the image")
+            other = next((name for name in _PATH_ELSEWHERE if name in entry.fields), None)
+            faults.append(
+                f"has no image_path: {other} is called so here"
+                if other
+                else "has no image_path: write the path of the image"
+            )
         for fault in faults:
             self.findings.problem(place, fault)
         if faults:

@@ -244,11 +244,14 @@ def _unknown_key(loc: tuple[int | str, ...], places: KeyPlaces) -> tuple[str, st
     key, table = str(loc[-1]), _table_of(loc)
     legal = set(table.model_fields)
     message = "is not a key of this table"
-    if CALLED_HERE.get(key) in legal:
-        return message, f"in this file it is called {CALLED_HERE[key]}"
+    called = {**CALLED_HERE, "caption_extention": "caption_extension"}.get(key)
+    if called in legal:
+        return message, f"in this file it is called {called}"
+    key = called or key
     homes = [places.table(name) for name, model in _LEVELS if key in model.model_fields]
     if homes:
-        return message, f"it belongs in {' or '.join(homes)}"
+        home = f"belongs in {' or '.join(homes)}"
+        return message, f"it is called {called} and {home}" if called else f"it {home}"
     if key in DatasetOptions.model_fields and key not in CALLED_HERE:
         return message, f"set it for the whole run: --{key}"
     return message, suggestion(key, sorted(legal)) or f"known are {', '.join(sorted(legal))}"

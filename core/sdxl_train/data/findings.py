@@ -99,7 +99,7 @@ class Findings:
         """Note a file that cannot be used as an image, and where it is named if not by itself."""
         if self.skip_bad:
             self.skipped.append(Skipped(path=path, reason=message))
-            self.remarks.add("left out, it cannot be used (--on_bad_image skip)", path)
+            self.remarks.add("left out (--on_bad_image skip)", path, message)
             return
         remedy = "replace or remove the file, or leave such files out with --on_bad_image skip"
         self.problem(place or str(path), message if place is None else f"{path}: {message}", remedy)

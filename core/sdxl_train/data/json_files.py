@@ -26,7 +26,7 @@ def parse_json(text: str, path: Path, *, line: int = 1) -> Any:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         place = f"{path}:{line + error.lineno - 1}:{error.colno}"
-        raise UserError.of(place, error.msg, "correct this line") from None
+        raise UserError.of(place, f"is no JSON: {error.msg}", "correct this line") from None
     except RecursionError:
         raise UserError.of(f"{path}:{line}", "is nested too deeply", "write it flat") from None
     except _DuplicateKeyError as error:

@@ -100,7 +100,7 @@ def test_a_bad_image_stops_the_run_or_is_left_out(
     assert "--on_bad_image skip" in problem
     problems, warnings = check_run(train_data_dir=str(folder.parent), on_bad_image="skip")
     assert problems == []
-    (told,) = [text for text in warnings if "left out, it cannot be used" in text]
+    (told,) = [text for text in warnings if "left out (--on_bad_image skip)" in text]
     assert told.startswith("1 file: ")
     assert str(path) in told
 

@@ -14,6 +14,7 @@ from sdxl_lora_plugins import (
     networks,
     noises,
     optimizers,
+    quantizations,
     schedulers,
     timesteps,
     weightings,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         Noise,
         Observer,
         Optimizer,
+        Quantization,
         Scheduler,
         Timesteps,
         Weighting,
@@ -54,6 +56,16 @@ if TYPE_CHECKING:
 def register_models() -> dict[str, type[Model]]:
     """Give the model families."""
     return {"sdxl": model.Sdxl}
+
+
+@hookimpl
+def register_quantizations() -> dict[str, type[Quantization]]:
+    """Give the formats of frozen weights."""
+    return {
+        "none": quantizations.Unquantized,
+        "fp8": quantizations.Fp8,
+        "fp8-matmul": quantizations.Fp8Matmul,
+    }
 
 
 @hookimpl

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sdxl_train.errors import UserError
+from sdxl_train.protocols import QuantizableModel
 from sdxl_train.rng import derive_seed, global_generators_kept, seed_global_generators
 from sdxl_train.weights import start_from
 
@@ -69,6 +70,11 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     if networks := config.network.merged():
         # Before the network is attached: DoRA begins with the norms of the merged weights.
         model.merge_networks(networks)
+    if form := config.quantization.build():
+        # After merging, or its rounding would be that of the stored weights.
+        _require_quantizable(config, model).quantize(
+            form, denoiser_only=config.quantization.denoiser_only
+        )
     # Initialisers know only global generators; what they draw must not depend on their past.
     with global_generators_kept():
         seed_global_generators(derive_seed(seed, "init"))
@@ -96,6 +102,22 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
     return Assembly(
         model=model, adapter=adapter, groups=groups, parts=_count(model, adapter, declared)
     )
+
+
+def _require_quantizable(config: RunConfig, model: LoadedModel) -> QuantizableModel:
+    """Refuse a model whose weights cannot be stored otherwise.
+
+    Raises:
+        UserError: If that is asked for all the same.
+    """
+    if not isinstance(model, QuantizableModel):
+        raise UserError.of(
+            config.place("base_quantization"),
+            f"models of {config.name_of('model')} cannot be stored as "
+            f"{config.name_of('quantization')}",
+            "leave it out",
+        )
+    return model
 
 
 def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

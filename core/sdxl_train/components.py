@@ -25,6 +25,8 @@ from typing import (
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
+from sdxl_train.errors import Problem
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
-    from sdxl_train.errors import Problem
     from sdxl_train.observed import Run
     from sdxl_train.protocols import (
         Adapter,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         NoiseTransform,
         StepPlan,
         TimestepSampler,
+        WeightFormat,
         WeightFunction,
     )
     from sdxl_train.schedule import NoiseSchedule, PredictionType
@@ -174,6 +176,46 @@ class Model(Component):
             NotImplementedError: If the family offers none.
         """
         raise NotImplementedError(f"{cls.__name__} offers no tiny model")
+
+
+class Quantization(Component):
+    """How the frozen weights of the base model are stored, and multiplied."""
+
+    fp8_base: bool = Field(False, description="Short for --base_quantization fp8.")
+    fp8_base_unet: bool = Field(
+        False, description="The same, with --quantize_denoiser_only; for sd-scripts' users."
+    )
+    quantize_denoiser_only: bool = Field(
+        False, description="Leave the text encoders in the precision of the run."
+    )
+
+    @property
+    def denoiser_only(self) -> bool:
+        """Whether the text encoders stay as they are."""
+        return self.quantize_denoiser_only or (self.fp8_base_unet and not self.fp8_base)
+
+    def check(self, config: RunConfig) -> Iterator[Problem]:
+        """Refuse a short form beside another choice."""
+        for name in ("fp8_base", "fp8_base_unet"):
+            if getattr(self, name) and name not in self.chosen_by:
+                yield Problem(
+                    place=config.place(name),
+                    message=f"contradicts {config.place('base_quantization')} "
+                    f"{config.name_of('quantization')}: both say how the base model is stored",
+                    remedy="leave one of them out",
+                )
+
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Say where one short form includes the other."""
+        if self.fp8_base and self.fp8_base_unet:
+            yield (
+                f"{config.place('fp8_base_unet')} has no effect: {config.place('fp8_base')} "
+                f"includes the text encoders"
+            )
+
+    @abstractmethod
+    def build(self) -> WeightFormat | None:
+        """Build the format; None where weights stay as they are."""
 
 
 class Network(Component):
@@ -446,6 +488,12 @@ class Kind:
 
 KINDS: tuple[Kind, ...] = (
     Kind(name="model", base=Model, hook="register_models", selector="model_type"),
+    Kind(
+        name="quantization",
+        base=Quantization,
+        hook="register_quantizations",
+        selector="base_quantization",
+    ),
     Kind(
         name="network",
         base=Network,

@@ -18,6 +18,7 @@ from sdxl_train.components import (
     Observer,
     Optimizer,
     OptionModel,
+    Quantization,
     Scheduler,
     Timesteps,
     Weighting,
@@ -73,6 +74,9 @@ class ComponentOptions(OptionModel):
     """Which component of each kind the run uses. PLUGIN:NAME says whose, where several have it."""
 
     model_type: str | None = Field(None, description="Family of the base model.")
+    base_quantization: str | None = Field(
+        None, description="How the frozen weights of the base model are stored."
+    )
     network_module: str | None = Field(None, description="Network to train.")
     network_args: list[str] | dict[str, Any] | None = Field(
         None, description="Further options of the network, as key=value."
@@ -257,6 +261,7 @@ class RunConfig:
     processes: ProcessOptions
     dataset: DatasetOptions
     model: Model
+    quantization: Quantization
     network: Network
     optimizer: Optimizer
     scheduler: Scheduler
@@ -343,6 +348,7 @@ class RunConfig:
         """The components in the order of ``entries``."""
         return (
             self.model,
+            self.quantization,
             self.network,
             self.optimizer,
             self.scheduler,

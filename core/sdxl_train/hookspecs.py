@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Noise,
         Observer,
         Optimizer,
+        Quantization,
         Scheduler,
         Timesteps,
         Weighting,
@@ -42,6 +43,12 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 @hookspec
 def register_models() -> Mapping[str, type[Model]]:
     """Give model families by the name that ``--model_type`` takes."""
+    raise NotImplementedError
+
+
+@hookspec
+def register_quantizations() -> Mapping[str, type[Quantization]]:
+    """Give formats of frozen weights by the name that ``--base_quantization`` takes."""
     raise NotImplementedError
 
 

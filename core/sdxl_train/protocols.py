@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
-    from torch import Generator, LongTensor, Tensor, nn
+    from torch import Generator, LongTensor, Size, Tensor, dtype, nn
 
     from sdxl_train.pictures import ImageSampler
     from sdxl_train.schedule import NoiseSchedule
@@ -287,6 +287,44 @@ class WeightAverage(Protocol):
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
         """Take up what a state kept; None if it kept no average. Weights are restored by then."""
+
+
+class WeightFormat(Protocol):
+    """How the weights of frozen linear layers and convolutions are stored.
+
+    It works on the meta device too, for a plan.
+    """
+
+    name: str
+    """Tells it from other formats: encodings that are kept depend on it."""
+
+    def pack(self, weight: Tensor) -> Sequence[Tensor]:
+        """Store a weight [out, in] or [out, in, h, w] as any tensors."""
+
+    def unpack(self, packed: Sequence[Tensor], shape: Size, dtype: dtype) -> Tensor:
+        """Give the values of a stored weight of this shape."""
+
+
+@runtime_checkable
+class MultiplyingFormat(Protocol):
+    """What a :class:`WeightFormat` has beside if it multiplies without unpacking."""
+
+    def can_multiply(self, shape: Size) -> bool:
+        """Tell whether it can with a weight [out, in]."""
+
+    def product(self, rows: Tensor, packed: Sequence[Tensor]) -> Tensor:
+        """Give ``rows @ W.T`` for rows [n, in], in their dtype."""
+
+    def product_back(self, gradient: Tensor, packed: Sequence[Tensor]) -> Tensor:
+        """Give ``gradient @ W`` for a gradient [n, out], in its dtype."""
+
+
+@runtime_checkable
+class QuantizableModel(Protocol):
+    """What a :class:`LoadedModel` has beside if its frozen weights can be stored otherwise."""
+
+    def quantize(self, form: WeightFormat, *, denoiser_only: bool) -> None:
+        """Store the weights of frozen layers in a format; before any network is attached."""
 
 
 TimestepSampler: TypeAlias = "Callable[[int, Generator], LongTensor]"

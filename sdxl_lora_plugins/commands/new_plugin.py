@@ -14,6 +14,7 @@ from sdxl_train import Command, Field, UserError, __version__
 
 _KINDS = {
     "model": "models",
+    "quantization": "quantizations",
     "network": "networks",
     "optimizer": "optimizers",
     "scheduler": "schedulers",
@@ -31,6 +32,7 @@ _LINE = 100
 
 PluginKind = Literal[
     "model",
+    "quantization",
     "network",
     "optimizer",
     "scheduler",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import sdxl_train
 from sdxl_train import UserError
 
 if TYPE_CHECKING:
-    from tests.end_to_end.conftest import MakeOptions, SameTensors, TrainLora
+    from tests.end_to_end.conftest import MakeOptions, SameTensors, Trained, TrainLora
 
 
 def test_bf16_trains_like_fp32_and_saves_fp32(train_lora: TrainLora) -> None:
@@ -94,13 +94,24 @@ def test_full_precision_needs_the_mixed_one(options: MakeOptions, name: str, nee
         sdxl_train.plan(options(**{name: True}))
 
 
-def test_fp8_base_trains_nearly_as_the_exact_model(train_lora: TrainLora) -> None:
-    exact, stored = (train_lora(fp8_base=fp8) for fp8 in (False, True))
+@pytest.fixture(scope="module")
+def exact(train_lora: TrainLora) -> Trained:
+    return train_lora(fp8_base=False)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [{"fp8_base": True}, {"base_quantization": "fp8-matmul"}, {"base_quantization": "nf4"}],
+)
+def test_a_base_in_8_bits_trains_nearly_as_the_exact_one(
+    chosen: dict[str, Any], exact: Trained, train_lora: TrainLora
+) -> None:
+    stored = train_lora(**chosen)
     losses = [step["loss"] for step in exact.steps]
     assert [step["loss"] for step in stored.steps] == pytest.approx(losses, rel=0.1)
     assert [step["loss"] for step in stored.steps] != losses
     assert stored.tensors.keys() == exact.tensors.keys()
-    assert stored.metadata["ss_fp8_base"] == "True"
+    assert stored.metadata["ss_fp8_base"] == str("fp8_base" in chosen)
     plans = [sdxl_train.plan(run.options).memory for run in (exact, stored)]
     for part in ("denoiser_bytes", "text_encoder_bytes"):
         assert plans[1][part] < plans[0][part]

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_lora_plugins.model import SDXL, TINY, Sdxl
 from sdxl_lora_plugins.networks import Lora
 from sdxl_lora_plugins.optimizers import AdamW
+from sdxl_lora_plugins.quantizations import Unquantized
 from sdxl_train import NoiseSchedule
 from sdxl_train.assembly import Assembly, assemble
 from sdxl_train.data.dataset_options import DatasetOptions
@@ -157,6 +158,7 @@ def attach_full_size(full_size_modules: Modules) -> Callable[..., Assembly]:
         )
         config: Any = SimpleNamespace(
             model=SimpleNamespace(build=lambda device, dtype: model),
+            quantization=Unquantized(),
             network=network,
             optimizer=AdamW(learning_rate=learning_rate),
             training=SimpleNamespace(mixed_precision="no"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sdxl_lora_plugins.fp8 import Fp8Format
 from sdxl_lora_plugins.networks import Locon, Lokr, Lora
 from sdxl_train import UserError
 from sdxl_train.testing.network_files import merged_weight
@@ -123,7 +124,8 @@ def test_several_files_are_summed_in_any_order(
 def test_weights_in_8_bits_are_stored_anew(
     load_sdxl: Callable[..., LoadedLdm], tiny_file: Path, files: dict[str, Path]
 ) -> None:
-    plain, coarse = load_sdxl(tiny_file), load_sdxl(tiny_file, fp8_base=True)
+    plain, coarse = load_sdxl(tiny_file), load_sdxl(tiny_file)
+    coarse.quantize(Fp8Format(), denoiser_only=False)
     before = weights(coarse)
     plain.merge_networks([(files["lora"], 1.0)])
     coarse.merge_networks([(files["lora"], 1.0)])

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sdxl_lora_plugins.fp8 import Fp8Format
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.networks import Locon
 from sdxl_train import UserError
-from sdxl_train.ldm.fp8 import store_in_fp8
+from sdxl_train.quantized import quantize_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_a_layer_of_8_bits_computes_with_the_weight_that_it_shows(
     make, shape = LAYERS[name]
     root = nn.Sequential(make().to(dtype)).requires_grad_(False)
     exact = cast("nn.Linear", root[0]).weight.detach().float()
-    store_in_fp8(root, ("0",))
+    quantize_layers(root, ("0",), Fp8Format())
     layer: Any = root[0]
     shown = layer.weight.float()
     # Three bits of mantissa round by a 16th at most; on average by some 2.6 %.
@@ -102,7 +103,7 @@ def test_a_layer_of_8_bits_keeps_8_bits_for_the_backward_pass() -> None:
         return tensor
 
     root = nn.Sequential(nn.Linear(256, 512, bias=False)).requires_grad_(False)
-    store_in_fp8(root, ("0",))
+    quantize_layers(root, ("0",), Fp8Format())
     x = torch.randn(1, 256, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         root(x)
@@ -112,12 +113,12 @@ def test_a_layer_of_8_bits_keeps_8_bits_for_the_backward_pass() -> None:
 
 def test_assigning_a_weight_stores_it_anew() -> None:
     root = nn.Sequential(nn.Linear(8, 4)).requires_grad_(False)
-    store_in_fp8(root, ("0",))
+    quantize_layers(root, ("0",), Fp8Format())
     layer: Any = root[0]
     weight = torch.randn(4, 8, generator=generator())
     layer.weight = weight
     torch.testing.assert_close(layer.weight, weight, rtol=1 / 16, atol=1e-2)
-    assert layer.stored.dtype == torch.float8_e4m3fn
+    assert layer.packed[0].dtype == torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("source", ["tiny_file", "tiny_folder"])
@@ -128,8 +129,11 @@ def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
     sizes: Callable[[int], dict[str, torch.Tensor]],
 ) -> None:
     path = request.getfixturevalue(source)
-    plain, unet_only = load_sdxl(path), load_sdxl(path, fp8_base_unet=True)
-    both, planned = load_sdxl(path, fp8_base=True), load_sdxl(path, "meta", fp8_base=True)
+    plain, unet_only, both = (load_sdxl(path) for _ in range(3))
+    planned = load_sdxl(path, "meta")
+    unet_only.quantize(Fp8Format(), denoiser_only=True)
+    for model in (both, planned):
+        model.quantize(Fp8Format(), denoiser_only=False)
     for encoder, plain_encoder in zip(unet_only.text_encoders, plain.text_encoders, strict=True):
         assert stored_bytes(encoder) == stored_bytes(plain_encoder)
     # Norms, embeddings, biases and scales stay fp32; they are few in a full-size model.
@@ -393,7 +397,6 @@ def test_memory_options_alone_that_need_another_are_refused(
     ("options", "remark"),
     [
         ({"mem_eff_attn": True, "sdpa": True}, "--sdpa has no effect: --mem_eff_attn wins"),
-        ({"fp8_base": True, "fp8_base_unet": True}, "--fp8_base_unet has no effect: --fp8_base"),
         ({"lowram": True}, "--lowram has no effect"),
     ],
 )

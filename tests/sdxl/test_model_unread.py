@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import pytest
 import torch
 
+from sdxl_lora_plugins.fp8 import Fp8Format
 from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train import UserError
 from sdxl_train.ldm import unread
@@ -69,8 +70,10 @@ def test_identities_follow_precision_and_file(
 ) -> None:
     path = shutil.copy(tiny_file, tmp_path / "base.safetensors")
 
-    def identities(**options: Any) -> set[str]:
+    def identities(*, packed: bool = False, **options: Any) -> set[str]:
         model = load_sdxl(path, network_train_unet_only=True, **options)
+        if packed:
+            model.quantize(Fp8Format(), denoiser_only=False)
         return {
             model.image_encoder_identity()["the VAE"],
             model.text_encoders_identity()["the text encoders"],
@@ -80,7 +83,7 @@ def test_identities_follow_precision_and_file(
     assert seen[0] == seen[1]
     half = identities(vae_dtype="bf16", dtype=torch.bfloat16)
     assert not half & seen[0]
-    (packed,) = identities(fp8_base=True) - seen[0]
+    (packed,) = identities(packed=True) - seen[0]
     assert packed not in half
     other = write_tiny(tmp_path / "other.safetensors", SDXL, TINY, seed=5, single_file=True)
     other.replace(path)

@@ -18,6 +18,7 @@ from sdxl_train.ldm import configs, names, text
 from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash, weights_hash
 from sdxl_train.ldm.unread import remembered
 from sdxl_train.protocols import Part
+from sdxl_train.quantized import quantize_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from sdxl_train.ldm.family import ClipEncoder, Family
     from sdxl_train.ldm.sampling import LdmSampler
     from sdxl_train.ldm.unread import Reader
+    from sdxl_train.protocols import WeightFormat
     from sdxl_train.schedule import NoiseSchedule
 
 UNET_GROUP: Final = "unet"
@@ -187,6 +189,16 @@ class LoadedLdm:
         if module in self._unread:
             self._unread.remove(module)
             self._readers[module]()
+
+    def quantize(self, form: WeightFormat, *, denoiser_only: bool) -> None:
+        """Store frozen weights in a format, all but the U-Net's first and last layers."""
+        quantize_layers(self.denoiser, ("down_blocks", "mid_block", "up_blocks"), form)
+        for encoder in () if denoiser_only else self._text_encoders:
+            act = partial(quantize_layers, encoder, ("",), form)
+            if encoder in self._readers:
+                self._readers[encoder] = self._readers[encoder].then(act, form.name)
+            if encoder not in self._unread:
+                act()
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""

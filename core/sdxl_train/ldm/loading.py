@@ -17,7 +17,6 @@ from sdxl_train.ldm.attention import set_attention
 from sdxl_train.ldm.channels_last import use_channels_last
 from sdxl_train.ldm.checkpoint import Checkpoint
 from sdxl_train.ldm.compiling import compile_blocks
-from sdxl_train.ldm.fp8 import store_in_fp8
 from sdxl_train.ldm.headers import counted
 from sdxl_train.ldm.loaded import Computing, LoadedLdm, Modules, Origins
 from sdxl_train.ldm.prediction import Said, said_by
@@ -286,11 +285,6 @@ def _prepare(options: LdmModel, modules: Modules, trained: Collection[str]) -> N
     set_attention(modules.unet, options.attention)
     if options.channels_last:
         use_channels_last(modules.unet)
-    if options.fp8_base or options.fp8_base_unet:
-        store_in_fp8(modules.unet, ("down_blocks", "mid_block", "up_blocks"))
-    if options.fp8_base:
-        for encoder in modules.text_encoders:
-            modules.once_read(encoder, partial(store_in_fp8, encoder, ("",)), stored="fp8")
     if options.torch_compile:
         compile_blocks(modules.unet, options)
     if options.gradient_checkpointing:

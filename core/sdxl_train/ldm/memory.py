@@ -57,12 +57,6 @@ class MemoryOptions(Model):
     xformers: bool = Field(
         False, description="Compute the U-Net's attention with xformers. Wins over sdpa."
     )
-    fp8_base: bool = Field(
-        False,
-        description="Store the frozen weights of U-Net and text encoders in 8 bits (float8), and "
-        "compute in the precision of the run.",
-    )
-    fp8_base_unet: bool = Field(False, description="The same for the U-Net alone.")
     cpu_offload_checkpointing: bool = Field(
         False,
         description="With gradient_checkpointing: keep on the CPU what is kept for the backward "
@@ -175,11 +169,6 @@ class MemoryOptions(Model):
         for name in losers:
             if getattr(self, name) and config.is_set(name):
                 yield f"{config.place(name)} has no effect: {config.place(winner)} wins over it"
-        if self.fp8_base and self.fp8_base_unet:
-            yield (
-                f"{config.place('fp8_base_unet')} has no effect: {config.place('fp8_base')} "
-                f"includes the U-Net"
-            )
         if self.lowram:
             yield (
                 f"{config.place('lowram')} has no effect: weights are always read part by part "

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sdxl_train.testing.noise import NoiseContract
     from sdxl_train.testing.observer import ObserverContract
     from sdxl_train.testing.optimizer import OptimizerContract
+    from sdxl_train.testing.quantization import QuantizationContract
     from sdxl_train.testing.scheduler import SchedulerContract
     from sdxl_train.testing.timesteps import TimestepsContract
     from sdxl_train.testing.weighting import WeightingContract
@@ -46,6 +47,7 @@ __all__ = [
     "NoiseContract",
     "ObserverContract",
     "OptimizerContract",
+    "QuantizationContract",
     "SchedulerContract",
     "TimestepsContract",
     "TinyModel",

@@ -1,14 +1,20 @@
-"""Optimizers with 8-bit and paged state for sdxl-train, from bitsandbytes."""
+"""Optimizers with 8-bit and paged state, and a base model of 4 or 8 bits, from bitsandbytes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from sdxl_train import hookimpl
-from sdxl_train_bitsandbytes import optimizers
+from sdxl_train_bitsandbytes import optimizers, quantizations
 
 if TYPE_CHECKING:
-    from sdxl_train import Optimizer
+    from sdxl_train import Optimizer, Quantization
+
+
+@hookimpl
+def register_quantizations() -> dict[str, type[Quantization]]:
+    """Give the formats of frozen weights."""
+    return {"nf4": quantizations.Nf4, "fp4": quantizations.Fp4, "int8": quantizations.Int8}
 
 
 @hookimpl

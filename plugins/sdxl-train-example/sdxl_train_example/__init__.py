@@ -10,6 +10,7 @@ from sdxl_train import (
     Noise,
     Observer,
     Optimizer,
+    Quantization,
     Scheduler,
     Timesteps,
     Weighting,
@@ -23,6 +24,7 @@ from sdxl_train_example.network import ExampleNetwork
 from sdxl_train_example.noise import ExampleNoise
 from sdxl_train_example.observer import ExampleObserver
 from sdxl_train_example.optimizer import ExampleOptimizer
+from sdxl_train_example.quantization import ExampleQuantization
 from sdxl_train_example.scheduler import ExampleScheduler
 from sdxl_train_example.timesteps import ExampleTimesteps
 from sdxl_train_example.weighting import ExampleWeighting
@@ -32,6 +34,12 @@ from sdxl_train_example.weighting import ExampleWeighting
 def register_models() -> dict[str, type[Model]]:
     """Give this model by its name."""
     return {"example": ExampleModel}
+
+
+@hookimpl
+def register_quantizations() -> dict[str, type[Quantization]]:
+    """Give this quantization by its name."""
+    return {"example": ExampleQuantization}
 
 
 @hookimpl

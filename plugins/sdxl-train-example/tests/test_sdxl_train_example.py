@@ -14,6 +14,7 @@ from sdxl_train.testing import (
     NoiseContract,
     ObserverContract,
     OptimizerContract,
+    QuantizationContract,
     SchedulerContract,
     TimestepsContract,
     WeightingContract,
@@ -26,6 +27,7 @@ from sdxl_train_example.network import ExampleNetwork
 from sdxl_train_example.noise import ExampleNoise
 from sdxl_train_example.observer import ExampleObserver
 from sdxl_train_example.optimizer import ExampleOptimizer
+from sdxl_train_example.quantization import ExampleQuantization
 from sdxl_train_example.scheduler import ExampleScheduler
 from sdxl_train_example.timesteps import ExampleTimesteps
 from sdxl_train_example.weighting import ExampleWeighting
@@ -66,6 +68,10 @@ class TestExampleObserver(ObserverContract):
 
 class TestExampleOptimizer(OptimizerContract):
     component = ExampleOptimizer
+
+
+class TestExampleQuantization(QuantizationContract):
+    component = ExampleQuantization
 
 
 class TestExampleScheduler(SchedulerContract):

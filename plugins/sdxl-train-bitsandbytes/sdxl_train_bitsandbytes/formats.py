@@ -1,0 +1,69 @@
+"""The formats, by bitsandbytes' operators: they run on CPUs and GPUs, and know the meta device.
+
+Dettmers et al. 2023, "QLoRA" (4 bits), and 2022, "LLM.int8()" (8 bits by output channel). Products
+are computed with the unpacked values, in the precision of the run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import torch
+
+from sdxl_train import quiet
+
+with quiet("bitsandbytes"):
+    import bitsandbytes  # noqa: F401 - registers the operators
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_BLOCK: Final = 64
+"""Weights that share a scale."""
+_LARGEST: Final = 127.0
+
+
+class FourBits:
+    """Two weights in a byte, and a scale in fp32 for each 64 in a row.
+
+    Args:
+        kind: ``nf4`` or ``fp4``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.name = kind
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Store a weight."""
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit(
+            weight.contiguous(), _BLOCK, self.name, torch.uint8
+        )
+        return packed, scales
+
+    def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Give its values."""
+        stored, scales = packed
+        values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+            stored, scales, _BLOCK, self.name, list(shape), dtype
+        )
+        return values
+
+
+class Int8Format:
+    """int8 [out, ...], and the largest weight of each output channel in fp32."""
+
+    name: str = "int8"
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """Store a weight."""
+        rows = weight.reshape(len(weight), -1).half()  # the one type that GPUs take
+        stored, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
+        return stored, largest
+
+    def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Give its values."""
+        stored, largest = packed
+        scale = (largest / _LARGEST).to(dtype)
+        return (stored.to(dtype) * scale[:, None]).view(shape)

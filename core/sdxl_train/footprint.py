@@ -75,7 +75,7 @@ def remarks(config: RunConfig, memory: Mapping[str, int]) -> Iterator[str]:
         "--mixed_precision bf16": training.mixed_precision == "no",
         "--gradient_checkpointing": not config.model.gradient_checkpointing,
         "a smaller --train_batch_size": data.train_batch_size > 1,
-        "--base_quantization fp8": config.quantization.build() is None,
+        "--fp8_base": config.quantization.build() is None,
     }
     helpful = [change for change, is_open in changes.items() if is_open]
     advice = ", then ".join(helpful) or "a smaller --resolution or --network_dim"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         MakeOptions,
         SameTensors,
         StartCommand,
+        StartProcess,
         Trained,
         TrainLora,
     )
@@ -108,14 +109,13 @@ def test_schedule_of_a_longer_run_is_that_of_its_whole_length(train_lora: TrainL
 
 
 def test_complete_run_says_so_and_writes_nothing(
-    saving: Trained, options: MakeOptions, start_command: StartCommand
+    saving: Trained, start_process: StartProcess
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in saving.folder.rglob("*")}
     again = {**saving.options, "resume": "latest"}
-    done = start_command(again)
-    _, text = done.communicate(timeout=600)
-    assert done.returncode == 0
-    assert "already complete: 8 of 8 steps" in text
+    done = start_process(again)
+    assert done.wait() == 0, done.text
+    assert "already complete: 8 of 8 steps" in done.text
     assert {path: path.stat().st_mtime_ns for path in saving.folder.rglob("*")} == before
 
 

@@ -175,7 +175,7 @@ def _from_file(
     if problem:
         return [], [problem], []
     try:
-        file, places = read_dataset_file(path)
+        file, places, faults = read_dataset_file(path)
     except UserError as error:
         return [], list(error.problems), []
     resolver = _Resolver(options, place, path.parent, resolution)
@@ -187,6 +187,7 @@ def _from_file(
             for index, subset in enumerate(table.subsets)
         ]
         resolver.add(subsets, [Layer(table, origins), general], places.of(("datasets", number)))
+    resolver.problems[:0] = faults
     remarks = list(overridden_remarks(resolver.datasets, options, place))
     if not resolver.problems:
         remarks += shadowed_remarks(resolver.datasets, file, places.of)

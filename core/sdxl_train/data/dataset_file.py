@@ -6,6 +6,7 @@ dataset, general, then the command line (:mod:`.dataset_config`).
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,11 +26,13 @@ from sdxl_train.data.dataset_options import (
 from sdxl_train.data.json_files import parse_json
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.toml_files import KeyPath, read_text, read_toml
-from sdxl_train.wording import describe, suggestion
+from sdxl_train.wording import describe, nearest, suggestion
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
+
+    from pydantic_core import ErrorDetails
 
 
 def _only_one(value: float) -> float:
@@ -168,11 +171,22 @@ _LEVELS: tuple[tuple[str, type[BaseModel]], ...] = (
 )
 
 
-def read_dataset_file(path: Path) -> tuple[DatasetFile, KeyPlaces]:
+_DECISIVE = {
+    *("image_dir", "metadata_file", "conditioning_data_dir", "alpha_mask", "is_reg"),
+    *("resolution", "enable_bucket", "bucket_no_upscale", "bucket_reso_steps"),
+    *("min_bucket_reso", "max_bucket_reso", "caption_extension", "validation_split"),
+}
+"""Keys without which other things would look wrong."""
+
+
+def read_dataset_file(path: Path) -> tuple[DatasetFile, KeyPlaces, list[Problem]]:
     """Read and check a dataset file.
 
+    Returns:
+        The file without the keys that are wrong, the places of all keys, and what is wrong.
+
     Raises:
-        UserError: With every mistake in it.
+        UserError: With every mistake in it, where no more can be said without what is wrong.
     """
     document, lines = (
         (parse_json(read_text(path), path), {})
@@ -180,18 +194,42 @@ def read_dataset_file(path: Path) -> tuple[DatasetFile, KeyPlaces]:
         else read_toml(path)
     )
     places = KeyPlaces(path, lines)
-    problems: list[Problem] = []
+    sourceless = list(_sourceless(document, places))
+    faults: list[ErrorDetails] = []
+    file: DatasetFile | None
     try:
         file = DatasetFile.model_validate(document)
     except ValidationError as error:
-        problems += [
-            _problem(detail["loc"], detail["type"], detail.get("input"), detail, places)
-            for detail in error.errors()
-        ]
-    problems += _sourceless(document, places)
-    if problems:
+        faults = error.errors()
+        file = None if sourceless else _without(document, faults)
+    problems = [
+        *(
+            _problem(fault["loc"], fault["type"], fault.get("input"), fault, places)
+            for fault in faults
+        ),
+        *sourceless,
+    ]
+    if file is None or sourceless:
         raise UserError(problems)
-    return file, places
+    return file, places, problems
+
+
+def _without(document: object, faults: Iterable[ErrorDetails]) -> DatasetFile | None:
+    """Give a file without the keys that are wrong; None where others cannot be judged then."""
+    rest = copy.deepcopy(document)
+    for fault in faults:
+        holder: Any = rest
+        for part in fault["loc"][:-1]:
+            holder = holder[part]
+        name = "".join(map(str, fault["loc"][-1:]))
+        is_missing = fault["type"] == "missing" or not isinstance(holder, dict)
+        if is_missing or nearest(name, _DECISIVE):
+            return None
+        holder.pop(name, None)
+    try:
+        return DatasetFile.model_validate(rest)
+    except ValidationError:
+        return None
 
 
 def _sourceless(document: object, places: KeyPlaces) -> Iterator[Problem]:

@@ -127,11 +127,11 @@ class DiskStore(Generic[K]):
 
     def _reasons(self) -> str:
         told = [
-            f"{count} of them {what.removeprefix('rebuilt ')}"
+            f"{what.removeprefix('rebuilt (').rstrip(')')}: {count}"
             for what, count in sorted(self.tally.items())
             if what.startswith("rebuilt")
         ]
-        return f", {', '.join(told)}" if told else ""
+        return f" ({', '.join(told)})" if told else ""
 
     def _is_sound(self, key: K) -> bool:
         entry = self.entries[key]

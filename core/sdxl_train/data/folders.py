@@ -111,6 +111,11 @@ def count_images(folder: Path) -> int:
     return _num_images(_entries(folder))
 
 
+def _counted(images: int) -> str:
+    """Say how many images there are."""
+    return "1 image" if images == 1 else f"{images} images"
+
+
 def folders_with_images(parent: Path) -> list[Path]:
     """Give the folders in a folder that hold images themselves."""
     return [folder for folder in _folders(parent) if count_images(folder)]
@@ -128,7 +133,7 @@ def _without_numbers(
     if images and not _split(parent.name):
         found.subsets.append(SubsetTable(image_dir=str(parent), is_reg=is_reg or None))
         found.warnings.append(
-            f"{parent} has no N_name folders: its own {images} images are taken as they are"
+            f"{parent} has no N_name folders: what it holds itself is taken, {_counted(images)}"
         )
         return
     message = f"{parent} has no N_name folders, such as 10_cat"
@@ -150,7 +155,7 @@ def _left_out(parent: Path, folders: Iterable[Path], images: int) -> list[str]:
     """Name the images that the convention passes over: of the parent, and of other folders."""
     warnings = []
     if images:
-        warnings.append(f"{parent}: {images} images beside the N_name folders are left out")
+        warnings.append(f"{parent}: left out beside the N_name folders: {_counted(images)}")
     named = [folder for folder in folders if not _split(folder.name) and count_images(folder)]
     if named:
         warnings.append(
@@ -165,7 +170,7 @@ def _contents(folder: Path) -> str:
 
 
 def _listed(folders: Iterable[Path]) -> str:
-    return ", ".join(f"{folder.name} ({count_images(folder)} images)" for folder in folders)
+    return ", ".join(f"{folder.name} ({_counted(count_images(folder))})" for folder in folders)
 
 
 def _near(path: Path) -> str:

@@ -147,6 +147,12 @@ def test_all_syntax_mistakes_of_json_lines_are_told(tmp_path: Path, images: Path
     assert [line.split(": ")[0] for line in told] == [f"{file}:1:2", f"{file}:3:2"]
 
 
+def test_the_key_of_another_program_is_named(tmp_path: Path, images: Path) -> None:
+    file = write(tmp_path / "meta.jsonl", ['{"file_name": "a.png", "caption": "a cat"}'])
+    (told,) = problems(scanned(in_json=file, train_data_dir=images))
+    assert told == f"{file}:1: has no image_path: file_name is called so here"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -190,8 +190,8 @@ def test_numbered_folders_say_repeats_and_class_tokens(
     ]
     text = "\n".join(warnings)
     assert "0_off: left out, its name says 0 repeats" in text
-    assert "1 images beside the N_name folders are left out" in text
-    assert "misc (1 images)" in text
+    assert "left out beside the N_name folders: 1 image" in text
+    assert "misc (1 image)" in text
     origin = dataset.subsets[0].origins["num_repeats"]
     assert origin == "the name of folder 10_black cat"
 
@@ -200,7 +200,7 @@ def test_a_flat_folder_is_taken_and_that_is_said(cats: Path) -> None:
     (dataset,), problems, warnings = resolve(train_data_dir=cats, resolution=64, dataset_repeats=5)
     assert problems == []
     assert (dataset.subsets[0].image_dir, dataset.subsets[0].num_repeats) == (cats, 5)
-    assert "its own 1 images are taken as they are" in warnings[0]
+    assert warnings[0].endswith("what it holds itself is taken, 1 image")
 
 
 def test_idle_dataset_repeats_are_said(tmp_path: Path, make_image: MakeImage) -> None:
@@ -605,3 +605,20 @@ def test_caption_options_have_no_effect_beside_a_metadata_file(tmp_path: Path, c
     options = {"train_data_dir": cats, "in_json": metadata, "resolution": 64}
     _, _, remarks = resolve(caption_extension=".txt", **options)
     assert remarks == ["--caption_extension: has no effect without folders of caption files"]
+
+
+def test_what_else_is_wrong_is_told_beside_wrong_keys(tmp_path: Path, cats: Path) -> None:
+    text = f"[[datasets]]\nbatch_size = 0\n[[datasets.subsets]]\nimage_dir = '{cats}x'\nfoo = 1\n"
+    told = "\n".join(problems_of(tmp_path, text))
+    assert "batch_size: 0 is not a whole number >= 1" in told
+    assert "foo: is not a key of this table" in told
+    assert f"{cats}x does not exist" in told
+
+
+@pytest.mark.parametrize("key", ["resolution = 'big'", "resolutoin = 32", "enable_bucket = 1"])
+def test_without_a_key_that_decides_nothing_more_is_said(
+    tmp_path: Path, cats: Path, key: str
+) -> None:
+    text = f"[[datasets]]\n{key}\n[[datasets.subsets]]\nimage_dir = '{cats}x'\n"
+    (problem,) = problems_of(tmp_path, text)
+    assert key.split()[0] in problem

@@ -92,6 +92,9 @@ class QuantizedLinear(_QuantizedLayer, nn.Linear):
             product: Tensor = _Product.apply(rows, self.form, *self.packed)  # type: ignore[no-untyped-call]
             output = product.view(*x.shape[:-1], -1)
             return output if self.bias is None else output + self.bias
+        if torch.compiler.is_compiling():
+            # A compiler sees that it can unpack again, and fuses that with what comes before.
+            return F.linear(x, self.weight, self.bias)
         values: Tensor = _Linear.apply(x, self.bias, self.form, self.shape, *self.packed)  # type: ignore[no-untyped-call]
         return values
 
@@ -111,12 +114,13 @@ class _Linear(torch.autograd.Function):
     """A linear layer that keeps the stored form, not the values it computed with."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, form: Any, shape: Any, *packed: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(*packed)
-        ctx.form, ctx.shape = form, shape
+    def forward(x: Tensor, bias: Tensor | None, form: Any, shape: Any, *packed: Tensor) -> Tensor:
         return F.linear(x, form.unpack(packed, shape, x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, ctx.form, ctx.shape, *packed = inputs
+        ctx.save_for_backward(*packed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -129,11 +133,14 @@ class _Product(torch.autograd.Function):
     """A linear layer without a bias, in products with what is stored."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, form: Any, *packed: Tensor) -> Tensor:
-        ctx.save_for_backward(*packed)
-        ctx.form = form
+    def forward(rows: Tensor, form: Any, *packed: Tensor) -> Tensor:
         output: Tensor = form.product(rows, packed)
         return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.form, *packed = inputs
+        ctx.save_for_backward(*packed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -147,11 +154,15 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, how: Any, form: Any, shape: Any, *packed: Tensor
+        x: Tensor, bias: Tensor | None, how: Any, form: Any, shape: Any, *packed: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(*packed)
-        ctx.of_input, ctx.how, ctx.form, ctx.shape = x.shape, how, form, shape
         return F.conv2d(x, form.unpack(packed, shape, x.dtype), bias, *how)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        x, _, ctx.how, ctx.form, ctx.shape, *packed = inputs
+        ctx.of_input = x.shape
+        ctx.save_for_backward(*packed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

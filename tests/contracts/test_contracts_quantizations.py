@@ -10,6 +10,7 @@ import torch
 
 from sdxl_lora_plugins import quantizations
 from sdxl_lora_plugins.fp8 import Fp8MatmulFormat
+from sdxl_train.quantized import quantize_layers
 from sdxl_train.testing import QuantizationContract
 
 if TYPE_CHECKING:
@@ -70,3 +71,22 @@ def test_gpus_without_products_of_8_bits_are_refused(
     problems = list(quantizations.Fp8Matmul().machine_problems(cast("RunConfig", stand_in)))
     assert bool(problems) is refused
     assert all("--base_quantization fp8" in problem.remedy for problem in problems)
+
+
+# The tracer looks at attributes of every tensor that it meets.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("component", [quantizations.Fp8, quantizations.Fp8Matmul])
+def test_layers_are_compiled_without_a_break(component: Any) -> None:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(32, 48, bias=False), torch.nn.Linear(48, 16))
+    layers.requires_grad_(False)
+    quantize_layers(layers, ("",), component().build())
+    compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
+    found = []
+    for module in (layers, compiled):
+        x = torch.ones(4, 32, requires_grad=True)
+        output = module(x)
+        torch.autograd.backward(output.square().sum())
+        found.append((output.detach(), x.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)

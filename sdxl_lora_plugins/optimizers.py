@@ -18,6 +18,7 @@ class OfTorch(LibraryOptimizer):
     """What those of torch have in common: each parameter is updated by itself."""
 
     fused_backward: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     foreach: bool | None = Field(
         None, description="Update all parameters at once, operation by operation."
@@ -98,6 +99,7 @@ class Adagrad(Fusing):
     """Adagrad: steps over the sum of all squared gradients (Duchi et al. 2011)."""
 
     path: ClassVar[str] = "torch.optim.Adagrad"
+    elementwise: ClassVar[bool] = False  # DeepSpeed would put another one in its place
 
     lr_decay: float = Field(0.0, ge=0, description="Decay of the rate.")
     eps: float = Field(1e-10, gt=0, description="Added to the denominator.")

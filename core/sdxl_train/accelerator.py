@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin, patch_environment
+
+from sdxl_train.process_options import ENGINES
 
 if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
@@ -18,10 +20,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     precision, device = config.training.mixed_precision, config.training.device
     # accelerate keeps one state for the process; a second run may want another precision.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        mixed_precision=precision,
-        # Left to find out by itself that there is no accelerator, it would see one process only.
-        cpu=device == "cpu" or not torch.accelerator.is_available(),
-        # Without it, accelerate's configuration would divide the loss once more.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    # Engines that its configuration asks for are this run's options (see process_options.py).
+    with patch_environment(**dict.fromkeys(ENGINES, "false")):
+        return Accelerator(
+            mixed_precision=precision,
+            # Left to find out by itself that there is no accelerator, it would see one process.
+            cpu=device == "cpu" or not torch.accelerator.is_available(),
+            # Without it, accelerate's configuration would divide the loss once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )

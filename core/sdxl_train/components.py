@@ -287,6 +287,9 @@ class Optimizer(Component):
     """Schedules its rate itself: only the scheduler ``constant`` goes with it."""
     fused_backward: ClassVar[bool] = False
     """Can step parameter by parameter inside the backward pass."""
+    elementwise: ClassVar[bool] = False
+    """Steps each number by its own gradient and state alone: parts of flattened parameters can be
+    stepped apart (DeepSpeed's ZeRO)."""
 
     learning_rate: float = Field(
         2e-6, ge=0, description="Rate of every group that has none of its own. LoRA: about 1e-4."

@@ -35,13 +35,13 @@ class FlatExchange:
         """Give what this process has to say: fp32 [n], n the same in all processes.
 
         Args:
-            parameters: What trains, the same in all processes.
+            parameters: What trains, the same in all processes; none where an engine adds it up.
             values: fp32 [n] each, of the same sizes in all processes.
 
         Raises:
             TrainingError: If other parameters have gradients than before, against ``static``.
         """
-        device = parameters[0].device
+        device = (*parameters, *values)[0].device
         present = [parameter.grad is not None for parameter in parameters]
         flags: list[Tensor] = []
         if self._present is None:

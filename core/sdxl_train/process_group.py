@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from sdxl_train.process_options import ProcessOptions
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,18 @@ class SeveralRanks(Ranks):
         self._connected(lambda: dist.all_reduce(sums))
         return self._exchange.unpack(sums, parameters, values)
 
+    def meet(self, meeting: Callable[[], R]) -> R:
+        """Do what connects all processes beside these methods: an engine's own exchange."""
+        self._roll_call()
+        return self._connected(meeting)
+
+    def to_main(self, tensor: Tensor) -> list[Tensor] | None:
+        """Give the main process the tensors of all, alike in shape and on the CPU."""
+        self._roll_call()
+        parts = [torch.empty_like(tensor) for _ in range(self.count)] if self.main else None
+        self._connected(lambda: dist.gather(tensor.contiguous(), parts))
+        return parts
+
     def heard(self) -> tuple[signal.Signals | None, bool]:
         """Give what the last roll call heard: the same in every process."""
         save, self._save = self._save, False
@@ -224,9 +237,9 @@ class SeveralRanks(Ranks):
         self._connected(lambda: dist.all_gather_object(values, value))
         return values
 
-    def _connected(self, meeting: Callable[[], object]) -> None:
+    def _connected(self, meeting: Callable[[], R]) -> R:
         try:
-            meeting()
+            return meeting()
         except RuntimeError as error:  # what torch raises whenever a connection breaks
             self.over = self._lost = True
             logger.debug("%s", error)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from sdxl_train.components import OptionModel
+from sdxl_train.engine_options import EngineOptions
 from sdxl_train.errors import Problem
 from sdxl_train.launch import left_alone
 from sdxl_train.options import Setting, Words
@@ -17,33 +17,31 @@ if TYPE_CHECKING:
 
     from sdxl_train.config import RunConfig
 
-_DEEPSPEED = (
-    "deepspeed",
-    "zero_stage",
-    "offload_optimizer_device",
-    "offload_optimizer_nvme_path",
-    "offload_param_device",
-    "offload_param_nvme_path",
-    "zero3_init_flag",
-    "zero3_save_16bit_model",
-    "fp16_master_weights_and_gradients",
-)
-_ENGINES = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "deepspeed",
+    "ACCELERATE_USE_FSDP": "fsdp",
+}
+"""What accelerate's launcher sets for the engines that its configuration asks for: the options."""
+_FOREIGN_ENGINES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
-"""What accelerate's launcher sets for the engines that its configuration asks for."""
 
 _CONFIGURATION = "accelerate's configuration"
 _SETTINGS: dict[str, tuple[dict[str, str], str]] = {
-    "mixed_precision": ({"mixed_precision": ""}, "no"),
-    "gradient_accumulation_steps": ({"gradient_accumulation_steps": ""}, "1"),
-    "dynamo_backend": ({"torch_compile": "true", "dynamo_backend": ""}, "no"),
-    "dynamo_mode": ({"dynamo_mode": ""}, "default"),
-    "dynamo_use_dynamic": ({"dynamo_use_dynamic": ""}, "false"),
-    "use_cpu": ({"device": "cpu"}, "false"),
+    "ACCELERATE_MIXED_PRECISION": ({"mixed_precision": ""}, "no"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ({"gradient_accumulation_steps": ""}, "1"),
+    "ACCELERATE_DYNAMO_BACKEND": ({"torch_compile": "true", "dynamo_backend": ""}, "no"),
+    "ACCELERATE_DYNAMO_MODE": ({"dynamo_mode": ""}, "default"),
+    "ACCELERATE_DYNAMO_USE_DYNAMIC": ({"dynamo_use_dynamic": ""}, "false"),
+    "ACCELERATE_USE_CPU": ({"device": "cpu"}, "false"),
+    "ACCELERATE_USE_DEEPSPEED": ({"deepspeed": "true"}, "false"),
+    "ACCELERATE_GRADIENT_CLIPPING": ({"max_grad_norm": ""}, "auto"),
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": ({"zero_stage": ""}, "2"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ({"offload_optimizer_device": ""}, "none"),
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ({"offload_param_device": ""}, "none"),
+    "ACCELERATE_USE_FSDP": ({"fsdp": "true"}, "false"),
+    "FSDP_OFFLOAD_PARAMS": ({"offload_param_device": "cpu"}, "false"),
 }
 """Settings of accelerate: the options that they set, to their own value or to the one that stands
 here, and the value that says nothing."""
@@ -54,7 +52,7 @@ _UNUSED = {
 }
 
 
-class ProcessOptions(OptionModel):
+class ProcessOptions(EngineOptions):
     """How several processes train together."""
 
     ddp_timeout: int | None = Field(
@@ -69,32 +67,23 @@ class ProcessOptions(OptionModel):
         description="The same parts of the network have gradients in every step: find out which "
         "once. Not with module dropout.",
     )
-    deepspeed: bool = Field(False, description="DeepSpeed, which is refused.")
-    zero_stage: int | None = Field(None, description="Of DeepSpeed.")
-    offload_optimizer_device: str | None = Field(None, description="Of DeepSpeed.")
-    offload_optimizer_nvme_path: str | None = Field(None, description="Of DeepSpeed.")
-    offload_param_device: str | None = Field(None, description="Of DeepSpeed.")
-    offload_param_nvme_path: str | None = Field(None, description="Of DeepSpeed.")
-    zero3_init_flag: bool = Field(False, description="Of DeepSpeed.")
-    zero3_save_16bit_model: bool = Field(False, description="Of DeepSpeed.")
-    fp16_master_weights_and_gradients: bool = Field(False, description="Of DeepSpeed.")
 
     def check(self, config: RunConfig, processes: int) -> Iterator[Problem]:
-        """Refuse engines that spread what is not to be spread, and steps before the exchange."""
-        remedy = "leave it out: without it, processes train together as docs/distributed.md says"
-        reason = (
-            "DeepSpeed is not supported: it spreads optimizer states, and a network's are small"
-        )
-        for name in _DEEPSPEED:
-            if getattr(self, name) not in (None, False):
-                yield Problem(place=config.place(name), message=reason, remedy=remedy)
-        for variable, engine in _ENGINES.items():
-            if os.environ.get(variable, "").lower() in ("1", "true"):
+        """Refuse engines that cannot do what is asked of them, and steps before the exchange."""
+        yield from self.engine_problems(config)
+        for variable, engine in _FOREIGN_ENGINES.items():
+            if _asked(variable):
                 yield Problem(
                     place=_CONFIGURATION,
                     message=f"asks for {engine}, which is not supported: only the network trains",
                     remedy="choose MULTI_GPU there, or pass --multi_gpu to accelerate launch",
                 )
+        if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+            yield Problem(
+                place=_CONFIGURATION,
+                message="names a configuration file of DeepSpeed, which is not read",
+                remedy="set zero_stage and offload_optimizer_device there, or as flags here",
+            )
         if left_alone():
             yield Problem(
                 place="accelerate launch",
@@ -112,9 +101,19 @@ class ProcessOptions(OptionModel):
 
     def remarks(self, config: RunConfig, processes: int) -> Iterator[str]:
         """Say what has no effect, and which of accelerate's settings this run does not follow."""
-        for name in ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"):
-            if getattr(self, name) and processes == 1:
+        alone = {
+            "ddp_timeout": self.ddp_timeout,
+            "ddp_gradient_as_bucket_view": self.ddp_gradient_as_bucket_view,
+            "ddp_static_graph": self.ddp_static_graph,
+            "fsdp": self.fsdp,
+        }
+        for name, is_set in alone.items():
+            if is_set and processes == 1:
                 yield f"{config.place(name)} has no effect with one process"
+        exchange = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
+        for name in exchange if self.deepspeed else ():
+            if getattr(self, name):
+                yield f"{config.place(name)} has no effect with --deepspeed, which sends gradients"
         options = config.options()
         for name, setting in accelerate_settings().items():
             used = str(options[name]["value"]).lower()
@@ -123,12 +122,28 @@ class ProcessOptions(OptionModel):
                     f"{setting.place} says {name} {setting.value}; what counts is "
                     f"{config.place(name)}, which says {used}"
                 )
+        if self.fsdp and _asked("ACCELERATE_USE_FSDP"):
+            yield (
+                f"{_CONFIGURATION} asks for FSDP: --fsdp spreads the frozen weights by blocks; of "
+                f"FSDP's further settings there fsdp_offload_params alone has an effect"
+            )
+        for name in ("ZERO3_INIT", "ZERO3_SAVE_16BIT_MODEL"):
+            if self.zero_stage == 3 and _asked(f"ACCELERATE_DEEPSPEED_{name}"):
+                yield (
+                    f"{_CONFIGURATION}'s {name.lower()} has no effect: the base model is mapped "
+                    f"from its file, and networks are saved whole"
+                )
         for name, default in _UNUSED.items():
             value = os.environ.get(f"ACCELERATE_{name.upper()}", default).lower()
             if value != default:
                 yield f"{_CONFIGURATION}'s {name} {value} has no effect: it is not offered here"
         for name in set(_OF_COMPILER) & _said().keys() - accelerate_settings().keys():
             yield f"{_CONFIGURATION}'s {name} has no effect without its dynamo_backend"
+
+
+def _asked(variable: str) -> bool:
+    """Tell whether accelerate's launcher says yes to something."""
+    return os.environ.get(variable, "").lower() in ("1", "true")
 
 
 def accelerate_settings() -> dict[str, Setting]:
@@ -144,8 +159,8 @@ def accelerate_settings() -> dict[str, Setting]:
 
 def _said() -> dict[str, str]:
     said: dict[str, str] = {}
-    for name, (options, idle) in _SETTINGS.items():
-        value = os.environ.get(f"ACCELERATE_{name.upper()}", idle).lower()
+    for variable, (options, idle) in _SETTINGS.items():
+        value = os.environ.get(variable, idle).lower()
         if value != idle:
             said |= {option: fixed or value for option, fixed in options.items()}
     return said

@@ -87,6 +87,14 @@ class Ranks:
         """Add up the gradients of all processes, in place, and give the sums of other values."""
         return values
 
+    def meet(self, meeting: Callable[[], R]) -> R:
+        """Do what connects all processes beside these methods: an engine's own exchange."""
+        return meeting()
+
+    def to_main(self, tensor: Tensor) -> list[Tensor] | None:
+        """Give the main process the tensors of all, alike in shape and on the CPU."""
+        return [tensor]
+
     def listen(self, signals: RunSignals) -> None:
         """Say from now on in roll calls what is signalled to this process."""
         self._signals = signals

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.errors import Problem, UserError
 from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.options import options_of
+from sdxl_train.process_options import ProcessOptions
 from sdxl_train.state import (
     FILES,
     MANIFEST,
@@ -84,9 +85,7 @@ MAY_CHANGE = frozenset(
         "allow_base_change",
         "drop_plugin_state",
         "device",
-        "ddp_timeout",
-        "ddp_gradient_as_bucket_view",
-        "ddp_static_graph",
+        *ProcessOptions.model_fields,
         # How the same batches come about. (How many are encoded at once decides the last bits.)
         "on_bad_image",
         "cache_latents",
@@ -181,7 +180,8 @@ def differences(
             remedy="set it as it was, or start a new run without --resume",
         )
     before, now = manifest.options, shaping_options(config)
-    for name in sorted(before.keys() | now.keys()):
+    # A state of an earlier version may hold what may change today.
+    for name in sorted((before.keys() | now.keys()) - MAY_CHANGE):
         if before.get(name) != now.get(name):
             yield Problem(
                 place=config.place(name),

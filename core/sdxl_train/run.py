@@ -47,7 +47,7 @@ from sdxl_train.state import load_observers, well_formed
 from sdxl_train.state_transfer import within_reach
 from sdxl_train.step_building import build_step
 from sdxl_train.supply import Supply
-from sdxl_train.update import Update
+from sdxl_train.update import make_update
 from sdxl_train.validation import (
     Validation,
     ValidationResult,
@@ -165,7 +165,7 @@ class Trainer:
             autocast=self.accelerator.autocast,
         )
         self.scheduler = config.build_schedule(optimizer, prepared.counts.step_plan)
-        self.update = Update(config, accelerator, ranks, optimizer, self.assembly.parameters)
+        self.update = make_update(config, accelerator, ranks, optimizer, self.assembly.parameters)
         self.step = build_step(
             config, self.assembly, self.update, self.scheduler, seed=prepared.seed, lap=lap
         )
@@ -204,7 +204,7 @@ class Trainer:
             self.assembly,
             self.record,
             evaluation,
-            optimizer=optimizer,
+            update=self.update,
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,
             watched=self._watched,
@@ -215,7 +215,7 @@ class Trainer:
         kept = self._restore(prepared.resume) if prepared.resume is not None else {}
         ranks.require_same(self._facts())
         self.result.steps = prepared.start
-        self.update.keep_narrow(
+        self.update.begin(
             lambda index: self.step.streams.on_device("rounding", self.result.steps, index)
         )
         self.change = ChangeCheck(
@@ -295,6 +295,8 @@ class Trainer:
         self.result.final_loss = last.loss.item() if last else None
 
     def _save(self, points: Sequence[SavePoint], step: StepResult) -> None:
+        if any(point.state for point in points):
+            self.update.collect()
         for point in points if self.ranks.main else ():
             self._tell_saved(self.saver.save(point, step.step, step.epoch))
 
@@ -350,13 +352,18 @@ class Trainer:
         if not self.ranks.main:
             return
         try:
-            network = self.saver.network_at != last.step
-            point = SavePoint(kind="step", number=last.step, network=network, state=True)
+            network, state = self.saver.network_at != last.step, self.update.whole
+            point = SavePoint(kind="step", number=last.step, network=network, state=state)
             self._save([point], last)
         except TrainingError as second:
             error.add_note(f"the state of step {last.step} could not be saved either: {second}")
         else:
-            error.add_note(f"the state of step {last.step} is saved: --resume latest goes on there")
+            fate = "is saved: --resume latest goes on there"
+            if not state:
+                fate = (
+                    "is lost, of which each process had a part; the network of that step is saved"
+                )
+            error.add_note(f"the state of step {last.step} {fate}")
 
     def close(self, error: BaseException | None) -> None:
         """End the workers, tell the observers, and write the record."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sdxl_train.preflight import Prepared
     from sdxl_train.record import RunRecord
     from sdxl_train.resume import ResumePoint
+    from sdxl_train.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Saver:
         assembly: What it trains.
         record: Gives the metadata of networks.
         evaluation: Gives the weights that the optimizer hands out.
-        optimizer: The optimizer.
+        update: Has the optimizer.
         scheduler: Its schedule.
         scaler: The gradient scaler, if there is one.
         watched: Gives what a state holds beside, of what was seen so far.
@@ -69,7 +70,7 @@ class Saver:
         record: RunRecord,
         evaluation: Evaluation,
         *,
-        optimizer: torch.optim.Optimizer,
+        update: Update,
         scheduler: LRScheduler,
         scaler: torch.amp.GradScaler | None,
         watched: Callable[[], Mapping[str, Mapping[str, Any]]],
@@ -80,7 +81,8 @@ class Saver:
         self.assembly = assembly
         self.record = record
         self.evaluation = evaluation
-        self.optimizer = optimizer
+        self.update = update
+        self.optimizer = update.bare
         self.scheduler = scheduler
         self.scaler = scaler
         self.watched = watched
@@ -210,7 +212,7 @@ class Saver:
             folder,
             manifest,
             parameters=self.assembly.parameters,
-            optimizer=self.optimizer,
+            optimizer=self.update.state_dict(),
             scheduler=self.scheduler,
             scaler=self.scaler,
             observers=watched,

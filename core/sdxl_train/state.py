@@ -138,7 +138,7 @@ def save_state(
     manifest: Manifest,
     *,
     parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Mapping[str, Any],
     scheduler: LRScheduler,
     scaler: torch.amp.GradScaler | None,
     observers: Mapping[str, Mapping[str, Any]] | None = None,
@@ -149,7 +149,7 @@ def save_state(
         folder: The folder to be.
         manifest: What the state is of.
         parameters: What trains.
-        optimizer: Its optimizer.
+        optimizer: The state of its optimizer.
         scheduler: The schedule of its rates.
         scaler: The gradient scaler, if there is one.
         observers: What observers keep, by their names.
@@ -161,7 +161,7 @@ def save_state(
     watched: dict[str, Tensor] = {}
     try:
         details = {
-            "optimizer": pack(optimizer.state_dict(), tensors, "optimizer"),
+            "optimizer": pack(dict(optimizer), tensors, "optimizer"),
             "scheduler": _packable(scheduler.state_dict(), tensors),
             "scaler": scaler.state_dict() if scaler else None,
             "observers": pack(dict(observers or {}), watched, "observers"),

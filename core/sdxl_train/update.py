@@ -6,7 +6,7 @@ calls the same methods for each.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,9 @@ class Update:
     Attributes:
         optimizer: What the loop steps: ``bare``, and the scaler of fp16 where there is one.
     """
+
+    whole = True
+    """Whether each process has the optimizer's whole state, and can save it alone."""
 
     def __init__(
         self,
@@ -99,8 +102,8 @@ class Update:
         """Let the optimizer take its next step only if a bool [] on the device is true."""
         self.bare.found_inf = (~finite).float()  # type: ignore[attr-defined]
 
-    def keep_narrow(self, generator: Callable[[int], torch.Generator]) -> None:
-        """Keep what trains in 16 bits from now on, if that is asked for.
+    def begin(self, generator: Callable[[int], torch.Generator]) -> None:
+        """Begin where weights and optimizer are; keep what trains in 16 bits, if that is asked for.
 
         Args:
             generator: See :class:`.WideSteps`.
@@ -129,6 +132,13 @@ class Update:
         limit = self.config.training.max_grad_norm or float("inf")
         return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
 
+    def collect(self) -> None:
+        """Make ready for :meth:`state_dict`: all processes do it before the main one saves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the state of the whole optimizer, as torch's optimizers give theirs."""
+        return self.bare.state_dict()
+
     def was_skipped(self) -> bool:
         """Tell whether the gradient scaler left the last step without effect.
 
@@ -140,3 +150,18 @@ class Update:
         if skipped and self._wide_steps is not None:
             self._wide_steps.narrow()  # which no step has done
         return skipped
+
+
+def make_update(
+    config: RunConfig,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Parameter],
+) -> Update:
+    """Give what computes the updates of a run; the arguments are those of :class:`Update`."""
+    if config.processes.deepspeed:
+        from sdxl_train.zero import ZeroUpdate
+
+        return ZeroUpdate(config, accelerator, ranks, optimizer, parameters)
+    return Update(config, accelerator, ranks, optimizer, parameters)

@@ -163,6 +163,37 @@ class OptimizerContract(Contract[Optimizer]):
         for one, two in zip(joint.parameters, single.parameters, strict=True):
             torch.testing.assert_close(one, two, msg="stepping one by one gives other weights")
 
+    def test_elementwise_is_true_if_declared(self) -> None:
+        """Stepping halves of a flattened group gives the same weights."""
+        if not self.component.elementwise:
+            return
+        rates = (self.learning_rate, self.learning_rate)
+        whole, halved = Quadratic(self, rates=rates), Quadratic(self, rates=rates)
+        flat = torch.cat([parameter.detach().flatten() for parameter in halved.parameters])
+        halves = [torch.nn.Parameter(half.clone()) for half in flat.tensor_split(2)]
+        rate = self.learning_rate
+        optimizer = self.make().build(
+            [{"name": str(i), "lr": rate, "params": [half]} for i, half in enumerate(halves)]
+        )
+        sizes = [parameter.numel() for parameter in whole.parameters]
+        for _ in range(_FEW):
+            pieces = torch.cat([half.detach() for half in halves]).split(sizes)
+            for parameter, piece in zip(halved.parameters, pieces, strict=True):
+                parameter.detach().copy_(piece.view_as(parameter))
+            halved.backward()
+            gradients = torch.cat(
+                [p.grad.flatten() for p in halved.parameters if p.grad is not None]
+            )
+            for half, gradient in zip(halves, gradients.tensor_split(2), strict=True):
+                half.grad = gradient.clone()
+            optimizer.step()
+            whole.descend(1)
+        stepped = torch.cat([half.detach() for half in halves]).split(sizes)
+        for one, two in zip(whole.parameters, stepped, strict=True):
+            torch.testing.assert_close(
+                one.detach().flatten(), two, msg="stepping flattened halves gives other weights"
+            )
+
     def _two_rates(self) -> tuple[float, float]:
         other = 1.0 if self.component.single_lr else 0.5
         return self.learning_rate, other * self.learning_rate

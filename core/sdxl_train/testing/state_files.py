@@ -19,5 +19,6 @@ def through_a_file(folder: Path, old: Pair, new: Pair) -> None:
     """Give ``new`` the state of ``old`` by way of the files that ``--save_state`` writes."""
     manifest = Manifest(step=0, total=0, seed=0, options={}, dataset="", model="", plugins={})
     state = folder / "contract-state"
-    save_state(state, manifest, parameters=[], optimizer=old[0], scheduler=old[1], scaler=None)
+    optimizer = old[0].state_dict()
+    save_state(state, manifest, parameters=[], optimizer=optimizer, scheduler=old[1], scaler=None)
     load_optimizer(state, optimizer=new[0], scheduler=new[1], scaler=None)

@@ -16,6 +16,7 @@ class Lion(FromPytorchOptimizer):
 
     path: ClassVar[str] = "pytorch_optimizer.Lion"
     fused_backward: ClassVar[bool] = True
+    elementwise: ClassVar[bool] = True
 
     betas: tuple[DecayRate, DecayRate] = Field(
         (0.9, 0.99), description="Shares of the running mean in a step, and in the next mean."

@@ -63,3 +63,7 @@ class PluginError(SdxlTrainError):
 
 class EndedElsewhereError(SdxlTrainError):
     """The run ended in all its processes; another one says why. There is nothing to add."""
+
+
+class CutOffError(EndedElsewhereError):
+    """The others wait until this process is gone, and one of them then says why it ended."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sdxl_train.assembly import Assembly
+    from sdxl_train.spread import SpreadModule
 
 
 class Evaluation:
@@ -27,6 +28,9 @@ class Evaluation:
         swaps_weights: The optimizer has ``train()`` and ``eval()``: it trains at other weights
             than those that it hands out (schedule-free, Defazio et al. 2024).
         autocast: The precision of the run.
+
+    Attributes:
+        spread: The denoiser, where each process holds a part of its frozen weights only.
     """
 
     def __init__(
@@ -42,10 +46,11 @@ class Evaluation:
         self.swaps_weights = swaps_weights
         self.autocast = autocast
         self._swapped = False
+        self.spread: SpreadModule | None = None
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Let training stand still.
+        """Let training stand still. Where weights are spread, in all processes at once.
 
         Inside, every module of the model and the network is in evaluation mode, so nothing is
         dropped; the optimizer hands out its final weights; no gradients are recorded; the precision
@@ -53,6 +58,8 @@ class Evaluation:
         multiplier and the global random states (torch, numpy, Python) are bit for bit as before.
         """
         with ExitStack() as stack:
+            if self.spread is not None:
+                stack.enter_context(self.spread.whole())
             stack.enter_context(global_generators_kept())
             stack.enter_context(self.final_weights())
             stack.enter_context(self._modes_kept())

@@ -362,6 +362,8 @@ def batch_loss(batch: Batch, step: Step, where: tuple[int, int]) -> BatchLoss:
     else:
         each = masked_mean(error, batch.masks, normalize=step.normalize_masks)  # [B]
     samples = torch.zeros(share.whole, device=device)
+    if share.idle:
+        each = each * 0
     samples[own] = each.detach()
     for weight in step.weightings:
         each = each * weight(drawn)[own]

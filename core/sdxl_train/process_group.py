@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
 from sdxl_train.errors import (
+    CutOffError,
     EndedElsewhereError,
     LostConnectionError,
     Problem,
@@ -48,6 +49,7 @@ R = TypeVar("R")
 logger = logging.getLogger(__name__)
 
 _MAIN_LIVES = "the main process lives"
+_WORD = "what ended the run"
 _SIGN_OF_LIFE = timedelta(seconds=3)
 
 
@@ -90,7 +92,6 @@ class SeveralRanks(Ranks):
         self._save = False
         self.over = False
         self._lost = False
-        self._attempting = False
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -99,7 +100,9 @@ class SeveralRanks(Ranks):
             try:
                 yield
             except Exception as error:
-                if not self.over:
+                if self.entangled and not self.over:
+                    self._leave(error)
+                elif not self.over:
                     with suppress(TrainingError):  # of the others; this one's comes first
                         self._roll_call(error)
                 raise
@@ -109,7 +112,8 @@ class SeveralRanks(Ranks):
             self._part()
             if self.main or (self._lost and self._speaks_for_main()):
                 raise
-            raise EndedElsewhereError("another process says what ended the run") from error
+            kind = CutOffError if self.entangled else EndedElsewhereError
+            raise kind("another process says what ended the run") from error
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -121,7 +125,7 @@ class SeveralRanks(Ranks):
         Raises:
             AttemptError: If another process failed.
         """
-        outer, self._attempting = self._attempting, True
+        outer, self.attempting = self.attempting, True
         try:
             try:
                 yield
@@ -132,13 +136,13 @@ class SeveralRanks(Ranks):
                 raise
             self.gather(None)  # who is last here may fail yet
         finally:
-            self._attempting = outer
+            self.attempting = outer
 
     def gather(self, value: T) -> list[T]:
         """Give the values of all processes, in their order; what they are can be pickled."""
         self._roll_call()
         values = self._gather(value)
-        if self._attempting:
+        if self.attempting:
             for index, each in enumerate(values):
                 if isinstance(each, _Failure):
                     raise AttemptError(f"process {index} of {self.count}: {each.text}")
@@ -204,6 +208,7 @@ class SeveralRanks(Ranks):
         """
         word = torch.tensor([error is not None, *self._signalled()], dtype=torch.int64)
         self._connected(lambda: dist.all_reduce(word))
+        self.entangled = False  # all have come here
         failed, interrupts, terminations, saves = word.tolist()
         self._stop = signal.SIGTERM if terminations else signal.SIGINT if interrupts else None
         self._save |= bool(saves)
@@ -237,19 +242,41 @@ class SeveralRanks(Ranks):
         self._connected(lambda: dist.all_gather_object(values, value))
         return values
 
+    def _leave(self, error: Exception) -> None:
+        """Say what ended the run to the others, who wait for this process and not for a word.
+
+        Raises:
+            LostConnectionError: If the error is that one of the others has left.
+        """
+        if _is_of_connection(error):
+            self._lose(error)
+        word = f"process {self.index} of {self.count}: {_Told.of(error).text}"
+        self.over = True
+        with suppress(RuntimeError):
+            self._store.set(_WORD, word)
+            if self.main:
+                self._store.set(_MAIN_LIVES, "")
+
     def _connected(self, meeting: Callable[[], R]) -> R:
         try:
             return meeting()
         except RuntimeError as error:  # what torch raises whenever a connection breaks
-            self.over = self._lost = True
-            logger.debug("%s", error)
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> NoReturn:
+        self.over = self._lost = True
+        logger.debug("%s", error)
+        said = "the connection to another process is lost: it was killed, or its machine is out "
+        said += "of reach"
+        with suppress(RuntimeError):  # the store may be what was lost
             if self.main:
-                with suppress(RuntimeError):  # the store may be what was lost
-                    self._store.set(_MAIN_LIVES, "")
-            raise LostConnectionError(
-                "the connection to another process is lost: it was killed, or its machine is out "
-                "of reach"
-            ) from error
+                self._store.set(_MAIN_LIVES, "")
+            if self.entangled and self._store.check([_WORD]):
+                said = self._store.get(_WORD).decode()
+        lost = LostConnectionError(said)
+        for note in getattr(error, "__notes__", ()):
+            lost.add_note(note)
+        raise lost from error
 
     def _speaks_for_main(self) -> bool:
         """Tell whether the main process is the one that is lost, and this one says so for all."""
@@ -263,7 +290,7 @@ class SeveralRanks(Ranks):
 
     def _part(self) -> None:
         """Wait until every process has done what an error leaves to do: the main one saves."""
-        if not self._lost:
+        if not (self._lost or self.entangled):
             try:
                 dist.all_reduce(torch.zeros(1))
             except RuntimeError as error:
@@ -286,6 +313,13 @@ def join(options: ProcessOptions) -> Ranks:
         dist.init_process_group(store=again, rank=index, world_size=count, timeout=timeout)
     views, static = options.ddp_gradient_as_bucket_view, options.ddp_static_graph
     return SeveralRanks(FlatExchange(views=views, static=static))
+
+
+def _is_of_connection(error: Exception) -> bool:
+    """Tell whether an error is of a broken connection; gloo's have no type of their own."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
 
 
 def digest(tensors: Sequence[Tensor]) -> str:

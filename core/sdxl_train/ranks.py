@@ -40,6 +40,10 @@ class Ranks:
     """Seconds in which signals count as one; see :class:`.RunSignals`."""
     over = False
     """The run has failed, and every process is about to leave."""
+    attempting = False
+    """Inside of :meth:`attempt`, where all processes do the same."""
+    entangled = False
+    """The processes wait for each other in other ways than these, until they next meet."""
     _signals: RunSignals | None = None
 
     @property

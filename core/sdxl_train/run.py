@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ from sdxl_train.validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from sdxl_train.preflight import Prepared
     from sdxl_train.ranks import Ranks
     from sdxl_train.resume import ResumePoint
+    from sdxl_train.spread import SpreadModule
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ class Trainer:
         optimizer = build_optimizer(config, self.assembly.groups)
         if config.optimizer.train_eval_modes:
             optimizer.train()  # type: ignore[attr-defined]
-        evaluation = Evaluation(
+        self.evaluation = Evaluation(
             self.assembly,
             optimizer,
             swaps_weights=config.optimizer.train_eval_modes,
@@ -194,7 +195,7 @@ class Trainer:
             earlier_folder=prepared.resume.folder.parent if prepared.resume else None,
             document=self.document,
             tell=lambda event, **arguments: self.events.tell(event, **arguments),
-            evaluation=evaluation.pause,
+            evaluation=self._evaluation_of_observer,
             stopping=ranks.stopping,
             main=ranks.main,
             share_out=ranks.share_out,
@@ -203,7 +204,7 @@ class Trainer:
             prepared,
             self.assembly,
             self.record,
-            evaluation,
+            self.evaluation,
             update=self.update,
             scheduler=self.scheduler,
             scaler=self.accelerator.scaler,
@@ -233,6 +234,7 @@ class Trainer:
         )
         self.supply.fill_caches()
         self.validation = self._build_validation()
+        self.spread = self._spread()
 
     def run_to_end(self) -> None:
         """Train, and close whatever happens."""
@@ -253,7 +255,10 @@ class Trainer:
         total = self.prepared.counts.total
         last: StepResult | None = None
         self._validate_what_was_resumed()
-        steps = train(self.supply.steps(self.result.steps), self.step, start=self.result.steps)
+        batches = self.supply.steps(self.result.steps)
+        if self.spread is not None:
+            batches = self.spread.enter(batches)
+        steps = train(batches, self.step, start=self.result.steps)
         while not self._is_out_of_patience():
             began = time.monotonic()
             try:
@@ -310,8 +315,8 @@ class Trainer:
         if self.validation is None or not due:
             return
         measured = None
-        if self.ranks.main:
-            with self.run.evaluation():
+        with self.evaluation.pause():
+            if self.ranks.main:
                 measured = self.validation.after(step, epoch, due)
         # The others stop with it, when the loss has not fallen for long.
         result = self.ranks.from_main(measured)
@@ -479,6 +484,31 @@ class Trainer:
             seed=derive_seed(self.config.dataset.validation_seed or 0, "validation"),
             timesteps=validation_timesteps(self.config, self.model),
         )
+
+    def _spread(self) -> SpreadModule | None:
+        """Leave each process a part of the frozen weights, if that is asked for."""
+        options = self.config.processes
+        if not options.spreads_base or self.ranks.count == 1:
+            return None
+        from sdxl_train.spread import SpreadModule
+
+        self.evaluation.spread = SpreadModule(
+            self.model.denoiser,
+            self.ranks,
+            self.accelerator.device,
+            offload=options.offload_param_device == "cpu",
+        )
+        return self.evaluation.spread
+
+    @contextmanager
+    def _evaluation_of_observer(self) -> Iterator[None]:
+        if self.evaluation.spread is not None and not self.ranks.attempting:
+            raise TrainingError(
+                "with --fsdp only observers that act everywhere can use the model: each process "
+                "has a part of it"
+            )
+        with self.evaluation.pause():
+            yield
 
     def _build_history(self) -> History:
         datasets = self.prepared.scan.datasets

@@ -196,6 +196,8 @@ class Supply:
             yield from self._ready(self._loader.batches(specs))
             return
         parts = [spec.part(self.ranks.index, self.ranks.count) for spec in specs]
+        if self.prepared.config.processes.spreads_base:
+            parts = [_busy(part, spec) for part, spec in zip(parts, specs, strict=True)]
         batches = self._ready(self._loader.batches([part for part in parts if part.samples]))
         for part in parts:
             assert part.share is not None
@@ -204,7 +206,8 @@ class Supply:
 
     def _with_all_latents(self, batch: Batch | Share) -> Batch | Share:
         """Add the latents that the other processes have of a batch: its noises look at them."""
-        own = batch.latents
+        idle = isinstance(batch, Share) or batch.share is None or batch.share.idle
+        own = None if idle else batch.latents
         parts = self.ranks.gather(None if own is None else own.cpu())
         if isinstance(batch, Share) or batch.share is None:
             return batch
@@ -269,6 +272,13 @@ class Supply:
             latents = [self.model.encode_images(part.to(self.device)) for part in parts]
         # Cached latents are contiguous: another layout would round differently in the denoiser.
         return torch.cat(latents).contiguous()
+
+
+def _busy(part: BatchSpec, whole: BatchSpec) -> BatchSpec:
+    """Give a process that has nothing of a batch a sample of it, to no effect."""
+    if part.samples or part.share is None:
+        return part
+    return replace(part, samples=whole.samples[:1], share=replace(part.share, idle=True))
 
 
 def _tell(store: Store[Any]) -> None:

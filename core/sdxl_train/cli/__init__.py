@@ -17,7 +17,7 @@ from sdxl_train.cli import cache, components, plan, plugins, schema, train
 from sdxl_train.cli.console import configure_output, discard_output, report, warn
 from sdxl_train.cli.help import HINT, USAGE, command_help, training_help
 from sdxl_train.cli.invocation import Invocation
-from sdxl_train.errors import LostConnectionError, SdxlTrainError, UserError
+from sdxl_train.errors import CutOffError, LostConnectionError, SdxlTrainError, UserError
 from sdxl_train.launch import launched
 from sdxl_train.registry import Registry
 from sdxl_train.settings import from_words, merge
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)
     try:
         code = _main(argv)
-    except LostConnectionError as error:  # the main process may be the lost one: wait for nobody
+    except (LostConnectionError, CutOffError) as error:  # nobody is to be waited for
         report(error)
         return 1
     if code and not launched().main:
@@ -70,7 +70,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except UserError as error:
         report(error)
         return 2
-    except LostConnectionError:
+    except (LostConnectionError, CutOffError):
         raise
     except SdxlTrainError as error:
         report(error)

@@ -54,11 +54,14 @@ class Share:
         first: Number of its first sample in the whole batch.
         whole: Samples of the whole batch.
         latents: fp32 [whole, C, h, w], where noises look at them; else None.
+        idle: There is none for this process, which computes another's sample beside it: the others
+            need its part of the weights meanwhile.
     """
 
     first: int
     whole: int
     latents: Tensor | None = None
+    idle: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,6 +124,14 @@ class MemoryOptions(Model):
                 remedy="pip install xformers, or leave it out: the default, sdpa, has the same "
                 "kernels",
             )
+        for name in ("fp8_base", "fp8_base_unet", "torch_compile", "channels_last"):
+            if getattr(self, name) and config.processes.spreads_base:
+                yield Problem(
+                    place=config.place(name),
+                    message="does not go with weights that are spread over processes (--fsdp, "
+                    "--zero_stage 3)",
+                    remedy="leave one of them out",
+                )
         needed = {
             "cpu_offload_checkpointing": "gradient_checkpointing",
             "checkpoint_levels": "gradient_checkpointing",

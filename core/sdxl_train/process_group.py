@@ -83,8 +83,9 @@ class SeveralRanks(Ranks):
 
     patience = 3.0
 
-    def __init__(self, exchange: FlatExchange) -> None:
+    def __init__(self, exchange: FlatExchange, timeout: timedelta) -> None:
         self._exchange = exchange
+        self._timeout = timeout
         self._store = _get_default_store()
         self.index = dist.get_rank()
         self.count = dist.get_world_size()
@@ -268,6 +269,9 @@ class SeveralRanks(Ranks):
         logger.debug("%s", error)
         said = "the connection to another process is lost: it was killed, or its machine is out "
         said += "of reach"
+        if "timed out" in str(error).lower():
+            minutes = self._timeout.total_seconds() / 60
+            said = f"another process has not answered for {minutes:g} minutes (--ddp_timeout)"
         with suppress(RuntimeError):  # the store may be what was lost
             if self.main:
                 self._store.set(_MAIN_LIVES, "")
@@ -302,17 +306,17 @@ def join(options: ProcessOptions) -> Ranks:
     here = launched()
     if here.count == 1:
         return ALONE
+    timeout = default_pg_timeout
+    if options.ddp_timeout is not None:
+        timeout = timedelta(minutes=options.ddp_timeout)
     if not dist.is_initialized():
-        timeout = default_pg_timeout
-        if options.ddp_timeout is not None:
-            timeout = timedelta(minutes=options.ddp_timeout)
         store, index, count = next(rendezvous("env://", here.index, here.count, timeout=timeout))
         # A job that starts anew may find the addresses of its earlier processes in the store.
         again = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         # Without a named backend CPU tensors go over gloo, those of a GPU over its own.
         dist.init_process_group(store=again, rank=index, world_size=count, timeout=timeout)
     views, static = options.ddp_gradient_as_bucket_view, options.ddp_static_graph
-    return SeveralRanks(FlatExchange(views=views, static=static))
+    return SeveralRanks(FlatExchange(views=views, static=static), timeout)
 
 
 def _is_of_connection(error: Exception) -> bool:

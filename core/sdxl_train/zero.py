@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from sdxl_train.errors import TrainingError
 from sdxl_train.libraries import quiet
@@ -85,7 +86,7 @@ class ZeroUpdate(Update):
         import deepspeed
 
         if not dist.is_initialized():
-            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         sizes = [shape.numel() for shapes in self._shapes for shape in shapes]
         engine, *_ = deepspeed.initialize(
@@ -186,15 +187,16 @@ class ZeroUpdate(Update):
         if parts is None:
             return [None] * len(shapes)
         sizes = [shape.numel() for shape in shapes]
-        tensors = torch.cat(parts)[: sum(sizes)].split(sizes)
+        tensors = torch.cat(parts)[: sum(sizes)].split_with_sizes(sizes)
         return [tensor.view(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
 
     def _take(self, whole: Mapping[str, Any]) -> None:
         """Take this process's part of the whole state of an optimizer."""
-        state, first = {}, 0
+        state: dict[int, dict[str, Any]] = {}
+        first = 0
         for number, shapes in enumerate(self._shapes):
             found = [whole["state"].get(first + index, {}) for index in range(len(shapes))]
-            known = next((each for each in found if each), {})
+            known: dict[str, Any] = next((each for each in found if each), {})
             state[number] = {}
             for name, example in known.items():
                 values = [each.get(name) for each in found]

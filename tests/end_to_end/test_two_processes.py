@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdxl_train.cli import main
-from tests.end_to_end.conftest import as_flags, read_metadata
+from tests.end_to_end.conftest import as_flags, begin_forked, read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,11 +28,13 @@ STEPS = 10
 # size, so a gradient that is only rounding would show as a whole step.
 DESCENT = {"optimizer_type": "SGD", "learning_rate": 0.1, "max_train_steps": STEPS}
 
+STATES = "text encoders, LoRA+, noises, accumulation"
 SAMPLED = "caches, prior and masked loss, batches too small for two"
+SPREAD = "the same with spread weights"
 ADAMW = "AdamW at a usual rate"
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "text encoders, LoRA+, noises, accumulation": {
+    STATES: {
         "network_args": ["loraplus_lr_ratio=4"],
         "gradient_accumulation_steps": 2,
         "noise_offset": 0.05,
@@ -42,6 +45,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
         "train_batch_size": 2,
+        "save_every_n_steps": STEPS // 2,
+        "save_state": True,
     },
     SAMPLED: {
         "network_train_unet_only": True,
@@ -51,6 +56,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "alpha_mask": True,
         "train_batch_size": 1,
         "sample_every_n_steps": STEPS,
+        "validation_split": 0.2,
+        "validate_every_n_steps": STEPS // 2,
         "report": True,
     },
     "LoKr of LyCORIS": {
@@ -71,6 +78,7 @@ SHARING = '''
 """Squares numbers in all processes at the second step, and fails in one of them at the third."""
 import json
 import os
+import pathlib
 
 from sdxl_train import Observer, hookimpl
 
@@ -100,9 +108,30 @@ class SharedSquares(Observer):
         return Squares(run)
 
 
+class Scales:
+    def __init__(self, run):
+        self.run = run
+
+    def run_finished(self):
+        own = 0
+        for parameter in self.run.assembly.model.denoiser.parameters():
+            part = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            own += part.untyped_storage().nbytes()
+        pathlib.Path(f"bytes-{os.environ['RANK']}").write_text(str(own))
+
+
+class Weighed(Observer):
+    """Weighs what this process has of the U-Net."""
+
+    everywhere = True
+
+    def build(self, run):
+        return Scales(run)
+
+
 @hookimpl
 def register_observers():
-    return {"squares": SharedSquares}
+    return {"squares": SharedSquares, "scales": Weighed}
 '''
 
 HALFWAY = STEPS // 2
@@ -116,7 +145,7 @@ def train_as_one_of_two(index: int, meeting: Path, runs: Mapping[str, dict[str, 
     from sdxl_train.data.cache import LatentCache
 
     os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    torch.set_num_threads(1)
+    begin_forked()
     # A relative path leads each process elsewhere, as if each ran on a machine of its own.
     os.chdir(meeting.with_name(f"machine-{index}"))
     torch.distributed.init_process_group(
@@ -202,11 +231,9 @@ def scenarios(
 
 
 @pytest.fixture(scope="module")
-def stopped_alone(train_lora: TrainLora) -> Trained:
-    """A run of one process that left a state behind in the middle."""
-    return train_lora(
-        **DESCENT, train_batch_size=2, save_every_n_steps=HALFWAY, save_state=True, report=True
-    )
+def stopped_alone(scenarios: dict[str, dict[str, Any]], train_lora: TrainLora) -> Trained:
+    """One process with the batches of two, which left a state behind in the middle."""
+    return train_lora(**{**scenarios[STATES], "train_batch_size": 4})
 
 
 @pytest.fixture(scope="module")
@@ -227,12 +254,13 @@ def together(
     sharing = tmp_path_factory.mktemp("plugins") / "sharing.py"
     sharing.write_text(SHARING, encoding="utf-8")
     runs[ADAMW] |= {"plugin": [str(sharing)], "observer": "squares"}
-    halves = {**DESCENT, "train_batch_size": 1}
-    saving = {"save_every_n_steps": HALFWAY, "save_state": True}
-    runs["two"] = options(**halves, **saving, output_dir="two")
-    runs["two to two"] = options(**halves, output_dir="two-to-two", resume=f"two/{STATE}")
+    runs[SPREAD] = options(**scenarios[SAMPLED], plugin=[str(sharing)], observer="scales")
+    runs[SPREAD] |= {"fsdp": True, "report": False}
+    going_on = {**scenarios[STATES], "save_state": False, "save_every_n_steps": None}
+    runs[STATES]["output_dir"] = "two"
+    runs["two to two"] = options(**going_on, output_dir="two-to-two", resume=f"two/{STATE}")
     alone = str(stopped_alone.folder / STATE)
-    runs["one to two"] = options(**halves, output_dir="one-to-two", resume=alone)
+    runs["one to two"] = options(**going_on, output_dir="one-to-two", resume=alone)
     pair = [
         processes.Process(target=train_as_one_of_two, args=(index, meeting, runs))
         for index in range(2)
@@ -256,15 +284,19 @@ def together(
 
 @pytest.fixture(scope="module")
 def alone(
-    scenarios: dict[str, dict[str, Any]], together: object, train_lora: TrainLora
+    scenarios: dict[str, dict[str, Any]],
+    together: object,
+    stopped_alone: Trained,
+    train_lora: TrainLora,
 ) -> dict[str, Trained]:
     """Every scenario trained by one process, with batches as large as those of both.
 
     After ``together``, which so finds no caches.
     """
-    return {
+    return {STATES: stopped_alone} | {
         name: train_lora(**{**changes, "train_batch_size": 2 * changes["train_batch_size"]})
         for name, changes in scenarios.items()
+        if name != STATES
     }
 
 
@@ -306,9 +338,14 @@ def test_each_latent_is_encoded_once(together: dict[str, dict[str, Any]]) -> Non
 
 
 def test_main_process_alone_writes_and_tells(together: dict[str, dict[str, Any]]) -> None:
-    folder = together["text encoders, LoRA+, noises, accumulation"]["folder"]
+    folder = together[STATES]["folder"]
     written = {path.name for path in folder.iterdir()}
-    assert written == {"initial.st", "steps.json", "photo.safetensors", "photo.run.json"}
+    saved = {f"photo-step{step:08d}" for step in (HALFWAY, STEPS)}
+    assert written == {
+        *("initial.st", "steps.json", "photo.safetensors", "photo-state", "photo.run.json"),
+        *(f"{name}.safetensors" for name in saved),
+        *(f"{name}-state" for name in saved),
+    }
     steps = json.loads((folder / "steps.json").read_text())
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
     # All images of an epoch, which is two steps, whichever process had them.
@@ -366,25 +403,56 @@ def test_state_of_two_goes_on_in_two_without_a_shared_disk_bit_for_bit(
     together: dict[str, dict[str, Any]], same_tensors: SameTensors
 ) -> None:
     straight, resumed = (
-        load_file(together[name]["folder"] / "photo.safetensors") for name in ("two", "two to two")
+        load_file(together[name]["folder"] / "photo.safetensors") for name in (STATES, "two to two")
     )
     assert same_tensors(straight, resumed)
     first, second = together["machines"]["folders"]
     assert (first / "two" / STATE).is_dir()
-    assert not list(second.iterdir())
+    # What the observer of the test has written there, and no file of a run.
+    assert [path.name for path in second.iterdir()] == ["bytes-1"]
 
 
 def test_states_pass_between_one_and_two_processes(
-    together: dict[str, dict[str, Any]], stopped_alone: Trained, train_lora: TrainLora
+    together: dict[str, dict[str, Any]],
+    scenarios: dict[str, dict[str, Any]],
+    stopped_alone: Trained,
+    train_lora: TrainLora,
 ) -> None:
-    state = together["two"]["folder"] / STATE
+    state = together[STATES]["folder"] / STATE
+    whole = {**scenarios[STATES], "train_batch_size": 4, "save_state": False}
     results = [
-        train_lora(**DESCENT, train_batch_size=2, resume=str(state)).tensors,
+        train_lora(**whole, resume=str(state)).tensors,
         load_file(together["one to two"]["folder"] / "photo.safetensors"),
     ]
     for tensors in results:
         for key, tensor in stopped_alone.tensors.items():
             torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_spread_weights_train_and_draw_the_same_with_half_of_them_in_each_process(
+    alone: dict[str, Trained], together: dict[str, dict[str, Any]]
+) -> None:
+    one, two = alone[SAMPLED], together[SPREAD]
+    tensors = load_file(two["folder"] / "photo.safetensors")
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-6)
+    losses = [_validations(folder) for folder in (one.folder, two["folder"])]
+    assert [len(each) for each in losses] == [3, 3]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert len(list((two["folder"] / "sample").iterdir())) == 3
+
+    with safe_open(one.options["pretrained_model_name_or_path"], "pt") as file:
+        names = [name for name in file.offset_keys() if name.startswith("model.diffusion_model.")]
+        whole = sum(file.get_tensor(name).numel() * 4 for name in names)
+    for index, machine in enumerate(together["machines"]["folders"]):
+        own = int((machine / f"bytes-{index}").read_text())
+        # A first dimension that is odd is filled up: 0.1 % in all.
+        assert own == pytest.approx(whole / 2, rel=0.01)
+
+
+def _validations(folder: Path) -> list[float]:
+    results = json.loads((folder / "photo.run.json").read_text())["results"]
+    return [measured["loss"] for measured in results["validations"]]
 
 
 def test_plan_of_two_is_that_of_one_with_twice_the_batch(

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import TCPStore
 
-from tests.end_to_end.conftest import as_flags
+from tests.end_to_end.conftest import PATIENCE, as_flags, begin_forked
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -130,7 +132,7 @@ def command_of_two(index: int, meeting: Path, words: list[str], death: Death | N
     from sdxl_train import cli
 
     vars(cli)["PATIENCE"] = 0  # no launcher waits to be told
-    torch.set_num_threads(1)
+    begin_forked()
     if death is not None and death[0] == index:
         _die_in(*death[1:])
     with meeting.with_name(f"said-{index}").open("w") as said:
@@ -142,7 +144,7 @@ def command_of_two(index: int, meeting: Path, words: list[str], death: Death | N
     os._exit(code)
 
 
-def _die_in(place: str, call: int) -> None:
+def _die_in(place: str, call: int, how: signal.Signals = signal.SIGKILL) -> None:
     """Have this process be killed in the nth call of a function, before it does anything."""
     module, path = place.split(":")
     *holder, name = path.split(".")
@@ -155,7 +157,7 @@ def _die_in(place: str, call: int) -> None:
     def deadly(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return original(*arguments, **options)
 
     setattr(owner, name, deadly)
@@ -225,16 +227,19 @@ def test_signal_to_any_process_saves_once_and_one_process_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("accident", "cause"),
+    ("accident", "cause", "fsdp"),
     [
-        ("raise", "process 1 of 2: ZeroDivisionError: process one divides by zero"),
-        ("nan", "step 3: the loss is not finite"),
+        ("raise", "process 1 of 2: ZeroDivisionError: process one divides by zero", False),
+        # The other one waits for weights, and not for a word.
+        ("raise", "process 1 of 2: ZeroDivisionError: process one divides by zero", True),
+        ("nan", "step 3: the loss is not finite", False),
     ],
+    ids=["error", "error with spread weights", "nan"],
 )
 def test_cause_is_told_once_and_the_last_step_is_saved(
-    accident: str, cause: str, job: dict[str, Any], run_two: RunTwo
+    accident: str, cause: str, fsdp: bool, job: dict[str, Any], run_two: RunTwo
 ) -> None:
-    codes, errors = run_two({**job, "accident": accident, "at_call": 3})
+    codes, errors = run_two({**job, "accident": accident, "at_call": 3, "fsdp": fsdp})
     assert codes == [1, 1]
     assert errors.count(cause) == 1, errors
     assert errors.count("error:") == 1
@@ -245,30 +250,35 @@ def test_cause_is_told_once_and_the_last_step_is_saved(
     assert "the state of step 2 is saved" in errors
 
 
-@pytest.mark.parametrize(
-    "death",
-    [
-        (0, "sdxl_train.loop:batch_loss", 4),
-        # After the files of the state of step 4, and before it is whole.
-        (0, "sdxl_train.state:_replace_folder", 2),
-        (1, "sdxl_train.data.cache:LatentCache._encode", 2),
-    ],
-    ids=["main one in a step", "main one in a save", "other one while caching"],
+DEATHS: tuple[Death, ...] = (
+    (1, "sdxl_train.data.cache:LatentCache._encode", 2),
+    (0, "sdxl_train.loop:batch_loss", 3),
+    # Step 4 is to be saved, which the main process does.
+    (1, "sdxl_train.run:Trainer._save", 2),
+    # After the other files of the state of step 6, and before the one that makes it whole.
+    (0, "sdxl_train.state:_write_json", 2),
 )
-def test_killed_process_ends_all_with_the_cause_told_once_and_a_new_job_goes_on(
-    death: Death, job: dict[str, Any], run_two: RunTwo, straight: dict[str, Tensor]
-) -> None:
-    saving = {"save_every_n_steps": 2, "save_state": True, "cache_latents": True}
-    codes, errors = run_two({**job, **saving}, death)
-    killed, other = (codes[death[0]], codes[1 - death[0]])
-    assert (killed, other) == (-signal.SIGKILL, 1), errors
-    assert errors.count("the connection to another process is lost") == 1
-    assert errors.count("error:") == 1
+"""While caching, in step 3, while another process saves step 4, while it saves step 6 itself."""
 
-    codes, errors = run_two({**job, **saving})
+
+def test_killed_process_ends_all_with_the_cause_told_once_and_new_jobs_go_on(
+    job: dict[str, Any], run_two: RunTwo, straight: dict[str, Tensor]
+) -> None:
+    saving = {**job, "save_every_n_steps": 2, "save_state": True, "cache_latents": True}
+    folder = Path(job["output_dir"])
+    for death in DEATHS:
+        codes, errors = run_two(saving, death)
+        killed, other = (codes[death[0]], codes[1 - death[0]])
+        assert (killed, other) == (-signal.SIGKILL, 1), errors
+        assert errors.count("the connection to another process is lost") == 1
+        assert errors.count("error:") == 1
+    states = sorted(path.name for path in folder.glob("photo*-state"))
+    assert states == ["photo-step00000002-state", "photo-step00000004-state"]
+
+    codes, errors = run_two(saving)
     assert codes == [0, 0], errors
-    assert ("resumed from" in errors) == ("cache" not in death[1])
-    _assert_close(load_file(Path(job["output_dir"]) / "photo.safetensors"), straight)
+    assert "resumed from" in errors
+    _assert_close(load_file(folder / "photo.safetensors"), straight)
 
 
 def work_in_a_fork(door: Connection) -> None:
@@ -295,8 +305,49 @@ def test_worker_of_a_killed_process_ends_at_once(processes: ForkServerContext) -
     process.join()
 
 
+def run_until_it_hangs(index: int, port: int, words: list[str], said: Path) -> None:
+    """Be process ``index`` of a launch whose minutes are seconds; number 1 stops in a step."""
+    os.environ.update(RANK=str(index), LOCAL_RANK=str(index), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    from sdxl_train import cli, process_group
+
+    vars(process_group)["timedelta"] = lambda minutes=0, seconds=0: timedelta(
+        seconds=minutes + seconds
+    )
+    begin_forked()
+    if index == 1:
+        _die_in("sdxl_train.loop:batch_loss", 3, signal.SIGSTOP)
+    with said.open("w") as file:
+        sys.stderr = file
+        code = cli.main(words)
+    os._exit(code)
+
+
+def test_process_that_hangs_is_given_up_after_ddp_timeout(
+    job: dict[str, Any], processes: ForkServerContext, tmp_path: Path
+) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = as_flags({**job, "ddp_timeout": 15})
+    pair = [
+        processes.Process(
+            target=run_until_it_hangs, args=(i, store.port, words, tmp_path / f"said-{i}")
+        )
+        for i in range(2)
+    ]
+    for process in pair:
+        process.start()
+    pair[0].join(PATIENCE)
+    pair[1].kill()
+    errors = (tmp_path / "said-0").read_text()
+    assert pair[0].exitcode == 1, errors
+    assert "another process has not answered for 0.25 minutes (--ddp_timeout)" in errors
+    assert "the state of step 2 is saved" in errors
+    pair[1].join()
+
+
 def test_wrong_input_is_told_once(job: dict[str, Any], run_two: RunTwo) -> None:
     codes, errors = run_two({**job, "network_dim": 0, "zero_stage": 2})
     assert codes == [2, 2]
     assert errors.count("2 problems, nothing was started") == 1
-    assert errors.count("DeepSpeed is not supported") == 1
+    assert errors.count("--zero_stage: has no effect without --deepspeed") == 1

@@ -177,7 +177,7 @@ class OptimizerContract(Contract[Optimizer]):
         )
         sizes = [parameter.numel() for parameter in whole.parameters]
         for _ in range(_FEW):
-            pieces = torch.cat([half.detach() for half in halves]).split(sizes)
+            pieces = torch.cat([half.detach() for half in halves]).split_with_sizes(sizes)
             for parameter, piece in zip(halved.parameters, pieces, strict=True):
                 parameter.detach().copy_(piece.view_as(parameter))
             halved.backward()
@@ -188,7 +188,7 @@ class OptimizerContract(Contract[Optimizer]):
                 half.grad = gradient.clone()
             optimizer.step()
             whole.descend(1)
-        stepped = torch.cat([half.detach() for half in halves]).split(sizes)
+        stepped = torch.cat([half.detach() for half in halves]).split_with_sizes(sizes)
         for one, two in zip(whole.parameters, stepped, strict=True):
             torch.testing.assert_close(
                 one.detach().flatten(), two, msg="stepping flattened halves gives other weights"

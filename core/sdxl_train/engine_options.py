@@ -98,6 +98,13 @@ class EngineOptions(OptionModel):
         yield from self._without_engine(config)
         if self.deepspeed:
             yield from self._deepspeed_problems(config)
+        if self.spreads_base and not config.quantization.default:
+            yield Problem(
+                place=config.place("base_quantization"),
+                message=f"{config.name_of('quantization')} does not go with weights that are "
+                f"spread over processes ({config.place('fsdp' if self.fsdp else 'zero_stage')})",
+                remedy="leave one of them out",
+            )
 
     def _without_engine(self, config: RunConfig) -> Iterator[Problem]:
         needs = {

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sdxl_train.ranks import Ranks
 
 _SHARE = 20
-"""A block that is gathered at once has at most this fraction of all weights. In SDXL's U-Net those
+"""A block that is gathered at once has at most this fraction of all weights. In a large U-Net those
 are the transformer blocks and the residual blocks."""
 
 

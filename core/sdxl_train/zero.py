@@ -89,10 +89,13 @@ class ZeroUpdate(Update):
             dist.init_process_group(store=HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         sizes = [shape.numel() for shapes in self._shapes for shape in shapes]
+        max_norm = self.config.training.max_grad_norm
         engine, *_ = deepspeed.initialize(
             model=torch.nn.ParameterList(self.parameters),
             optimizer=self.bare,
-            config=engine_configuration(self._options, self.config.training.max_grad_norm, sum(sizes)),
+            config=engine_configuration(
+                self._options, self.config.training.max_grad_norm, sum(sizes)
+            ),
         )
         return engine
 

@@ -124,7 +124,7 @@ class MemoryOptions(Model):
                 remedy="pip install xformers, or leave it out: the default, sdpa, has the same "
                 "kernels",
             )
-        for name in ("fp8_base", "fp8_base_unet", "torch_compile", "channels_last"):
+        for name in ("torch_compile", "channels_last"):
             if getattr(self, name) and config.processes.spreads_base:
                 yield Problem(
                     place=config.place(name),

@@ -93,9 +93,7 @@ class ZeroUpdate(Update):
         engine, *_ = deepspeed.initialize(
             model=torch.nn.ParameterList(self.parameters),
             optimizer=self.bare,
-            config=engine_configuration(
-                self._options, self.config.training.max_grad_norm, sum(sizes)
-            ),
+            config=engine_configuration(self._options, max_norm, sum(sizes)),
         )
         return engine
 

@@ -155,6 +155,7 @@ def write_images(parent: Path, kinds: int, count: int, name: str = "images") -> 
     folder = parent / name
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
+    kinds = min(kinds, count)
     pictures = [picture(rng, number, blocks=count > 10 * kinds) for number in range(kinds)]
     for number in range(count):
         data, ending = pictures[number % kinds], "jpg" if number % kinds % 2 else "png"

@@ -6,8 +6,6 @@ import math
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train.ldm import (
@@ -18,11 +16,16 @@ from sdxl_train.ldm import (
     Origins,
     Said,
     fill_position_ids,
+    lean_imports,
     load_tokenizers,
     made_ready,
     text_attention,
     tiny_parts,
 )
+
+with lean_imports():
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -138,12 +141,16 @@ def fill_in(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None
     fill_position_ids(module, device)
 
 
-def text_widths(unet: Any) -> tuple[int, int]:
-    """Give the widths of what a U-Net is told of captions: by token, and of the whole."""
+def text_shapes(unet: Any, num_texts: int, max_tokens: int) -> dict[str, tuple[int, ...]]:
+    """Give the shapes of what a U-Net is told of captions, as ``encode_text`` names it."""
     config = unet.config
-    # Beside the second there are six embedded sizes.
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return config.cross_attention_dim, pooled
+    shapes: dict[str, tuple[int, ...]] = {
+        "context": (num_texts, max_tokens + 2, config.cross_attention_dim)
+    }
+    if whole := config.projection_class_embeddings_input_dim:
+        # Beside the pooled text there are six embedded sizes.
+        shapes["pooled"] = (num_texts, whole - 6 * config.addition_time_embed_dim)
+    return shapes
 
 
 class MadeUpModel(LoadedLdm):
@@ -159,11 +166,8 @@ class MadeUpModel(LoadedLdm):
         """Encode captions, or give noise of the shape of their encodings."""
         if any(part.module in self.text_encoders for part in self.parts):
             return super().encode_text(captions)
-        context, pooled = text_widths(self.denoiser)
-        return {
-            "context": self._noise(len(captions), self.max_tokens + 2, context),
-            "pooled": self._noise(len(captions), pooled),
-        }
+        shapes = text_shapes(self.denoiser, len(captions), self.max_tokens)
+        return {name: self._noise(*shape) for name, shape in shapes.items()}
 
     def _noise(self, *shape: int) -> Tensor:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))

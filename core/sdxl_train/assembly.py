@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from sdxl_train.errors import UserError
 from sdxl_train.protocols import QuantizableModel
 from sdxl_train.rng import derive_seed, global_generators_kept, seed_global_generators
 from sdxl_train.weights import start_from
+from sdxl_train.without_compiler import build_without_compiler
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -126,7 +128,7 @@ def build_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.op
     Raises:
         UserError: If the component gives something else.
     """
-    optimizer: object = config.optimizer.build(groups)
+    optimizer: object = build_without_compiler(partial(config.optimizer.build, groups))
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError.of(
             config.place("optimizer_type"),

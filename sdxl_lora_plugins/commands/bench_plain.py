@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from sdxl_lora_plugins.commands.bench_figures import DTYPES, adapted_layers
-from sdxl_lora_plugins.made_up_parts import fill_in, full_parts, text_widths
+from sdxl_lora_plugins.made_up_parts import fill_in, full_parts, text_shapes
 from sdxl_lora_plugins.model import SDXL, TINY
 from sdxl_train import shows_bars
 from sdxl_train.ldm import tiny_parts
@@ -124,11 +124,10 @@ class PlainLoop:
 
     def _sample(self, unet: Any) -> dict[str, Tensor]:
         w, h = self.work.resolution
-        context, pooled = text_widths(unet)
+        text = text_shapes(unet, 1, _TOKENS - 2)
         return {
             "latents": torch.randn(4, h // 8, w // 8),
-            "context": torch.randn(_TOKENS, context),
-            "pooled": torch.randn(pooled),
+            **{name: torch.randn(shape[1:]) for name, shape in text.items()},
             "time_ids": torch.tensor([h, w, 0, 0, h, w]),
         }
 

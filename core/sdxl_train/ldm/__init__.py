@@ -8,7 +8,10 @@ nothing here knows a family by name. The names in ``__all__`` are public and loa
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from sdxl_train.ldm.lean_imports import lean_imports
 
 if TYPE_CHECKING:
     from sdxl_train.ldm.checkpoint import fill_position_ids
@@ -128,6 +131,7 @@ __all__ = [
     "is_offline",
     "keep_pipes_free_of_bars",
     "kind_of",
+    "lean_imports",
     "load_tokenizers",
     "made_ready",
     "misfit",
@@ -149,7 +153,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'sdxl_train.ldm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"sdxl_train.ldm.{_HOMES[name]}"), name)
+    home = f"sdxl_train.ldm.{_HOMES[name]}"
+    if home not in sys.modules:
+        with lean_imports():
+            importlib.import_module(home)
+    return getattr(sys.modules[home], name)
 
 
 def __dir__() -> list[str]:

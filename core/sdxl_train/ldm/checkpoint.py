@@ -250,8 +250,9 @@ def _in_pieces(origins: Mapping[str, Origin], header: Header) -> Iterator[list[s
 
 
 def fill_position_ids(encoder: nn.Module, device: torch.device) -> None:
-    """Make the one buffer that no file holds, the positions of CLIP's tokens."""
+    """Put the one buffer that no file holds, the positions of CLIP's tokens, on the device."""
     for module in encoder.modules():
         ids = getattr(module, "position_ids", None)
-        if isinstance(ids, torch.Tensor) and ids.is_meta:
-            module.position_ids = torch.arange(ids.shape[-1], device=device).expand(1, -1)
+        if isinstance(ids, torch.Tensor):
+            numbers = torch.arange(ids.shape[-1]).expand(1, -1) if ids.is_meta else ids
+            module.position_ids = numbers.to(device)

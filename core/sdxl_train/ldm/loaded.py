@@ -401,25 +401,28 @@ class LoadedLdm:
 
     def release_image_encoder(self) -> None:
         """Free the VAE; a sampler that was made before keeps it in main memory."""
-        if self._vae is not None:
-            if self._vae not in self._unread:
-                self._vae.to("cpu")
-            self._forget([self._vae])
-        self._vae = None
-        self._free_memory()
+        released, self._vae = self._vae, None
+        if released is not None and self._forget([released]):
+            released.to("cpu")
+            del released
+            self._free_memory()
 
     def release_text_encoders(self) -> None:
         """Free the text encoders, which must not be adapted."""
         assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
-        self._forget(self._text_encoders)
-        self._text_encoders = ()
+        released, self._text_encoders = self._text_encoders, ()
         self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
-        self._free_memory()
+        if self._forget(released):
+            del released
+            self._free_memory()
 
-    def _forget(self, modules: Sequence[nn.Module]) -> None:
+    def _forget(self, modules: Sequence[nn.Module]) -> bool:
+        """Forget how modules are read; tell whether any of them was."""
+        were_read = any(module not in self._unread for module in modules)
         for module in modules:
             self._unread.discard(module)
             self._readers.pop(module, None)
+        return were_read
 
     def _free_memory(self) -> None:
         gc.collect()

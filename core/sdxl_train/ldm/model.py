@@ -14,9 +14,9 @@ from pydantic import Field
 from sdxl_train.errors import Problem
 from sdxl_train.ldm import sources
 from sdxl_train.ldm.headers import BadFileError
+from sdxl_train.ldm.lean_imports import lean_imports
 from sdxl_train.ldm.memory import MemoryOptions
 from sdxl_train.ldm.prediction import Said, said_by
-from sdxl_train.libraries import quiet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -207,8 +207,7 @@ class LdmModel(MemoryOptions):
         """
         import torch
 
-        # Which diffusers looks for, whether or not anything will use it.
-        with quiet("bitsandbytes"):
+        with lean_imports():
             from sdxl_train.ldm.loading import load
 
         return load(self, torch.device(device), dtype)
@@ -216,7 +215,8 @@ class LdmModel(MemoryOptions):
     @classmethod
     def write_tiny(cls, path: Path, *, seed: int = 0) -> Path:
         """Write a tiny model as a diffusers folder; see :mod:`.tiny`."""
-        from sdxl_train.ldm.tiny import write_tiny
+        with lean_imports():
+            from sdxl_train.ldm.tiny import write_tiny
 
         return write_tiny(path, cls.family, cls.tiny, seed=seed)
 

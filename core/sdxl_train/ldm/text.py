@@ -129,8 +129,12 @@ def identity(tokenizer: CLIPTokenizer) -> str:
 
     How the last call cut and padded, which a tokenizer remembers, is no part of it.
     """
-    document = json.loads(tokenizer.backend_tokenizer.to_str())
-    return json.dumps({**document, "truncation": None, "padding": None})
+    backend = tokenizer.backend_tokenizer
+    text: str = backend.to_str()
+    if backend.truncation is None and backend.padding is None:
+        return text
+    plain = {**json.loads(text), "truncation": None, "padding": None}
+    return json.dumps(plain, separators=(",", ":"), ensure_ascii=False)
 
 
 def chunk_tokens(

@@ -21,6 +21,7 @@ from sdxl_train.ldm.configs import norm_groups, num_heads
 from sdxl_train.ldm.family import LATENT_CHANNELS, VAE
 from sdxl_train.ldm.headers import PICKLED
 from sdxl_train.ldm.tokenizer import clip_tokenizer
+from sdxl_train.ldm.unfilled import without_weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +81,7 @@ def write_tiny(
 
 def tiny_parts(family: Family, shape: TinyShape) -> BareParts:
     """Give the parts of a tiny model on the meta device."""
-    with torch.device("meta"):
+    with without_weights():
         unet = UNet2DConditionModel(**_unet_config(family, shape))
         encoders = tuple(
             (CLIPTextModelWithProjection if form.projects else CLIPTextModel)(

@@ -1,0 +1,75 @@
+"""What a training does not use of its libraries is imported when somebody uses it, and works."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# In a process of its own: this one has imported everything long ago.
+_TRAINS = """
+import sys
+import torch
+from sdxl_lora_plugins.model import Sdxl
+from sdxl_train.without_compiler import build_without_compiler
+file, folder = sys.argv[1:]
+model = Sdxl(pretrained_model_name_or_path=file).build("cpu", torch.float32)
+sizes = dict.fromkeys(("original_size", "crop_top_left", "target_size"), torch.zeros(1, 2).long())
+trained = [p.requires_grad_(True) for p in model.denoiser.conv_out.parameters()]
+optimizer = build_without_compiler(lambda: torch.optim.AdamW(trained, lr=1e-3))
+before = [p.detach().clone() for p in trained]
+noisy = model.encode_images(torch.zeros(1, 3, 32, 32))
+told = {**model.encode_text(["a cat"]), **sizes}
+torch.autograd.backward(model.predict(noisy, torch.tensor([5]), told).square().mean())
+optimizer.step()
+optimizer.zero_grad()
+assert not any(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
+UNUSED = ("bitsandbytes", "peft", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor",
+          "diffusers.hooks.layerwise_casting", "diffusers.models.transformers.transformer_flux")
+there = [name for name in UNUSED if name in sys.modules]
+assert not there, there
+"""
+_USES_THE_REST = """
+# Everything is there for whoever asks for it, in this order or another.
+from torch.distributed.tensor import DTensor, Shard
+from transformers.distributed import sharding_utils
+assert isinstance(DTensor, type)
+assert not isinstance(trained[0], sharding_utils.DTensor)
+assert sharding_utils.Shard(1) == Shard(1)
+import peft.tuners.tuners_utils
+from diffusers.loaders import lora_base
+layer = peft.tuners.tuners_utils.BaseTunerLayer()
+assert isinstance(layer, lora_base.BaseTunerLayer)
+assert not isinstance(model, lora_base.BaseTunerLayer)
+from diffusers.hooks import apply_layerwise_casting
+from diffusers import AutoencoderTiny, FluxTransformer2DModel, StableDiffusionXLPipeline
+from transformers import BertModel, CLIPVisionModel
+import transformers.models
+assert transformers.models.bert.BertModel is BertModel
+import diffusers.models.transformers
+assert diffusers.models.transformers.FluxTransformer2DModel is FluxTransformer2DModel
+pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+config = peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+pipeline.unet.add_adapter(config)
+added = {"text_embeds": told["pooled"], "time_ids": torch.ones(1, 6)}
+plain, half = (
+    pipeline.unet(noisy, 5, told["context"], cross_attention_kwargs={"scale": scale},
+                  added_cond_kwargs=added)[0]
+    for scale in (1.0, 0.5)
+)
+assert not torch.equal(plain, half)
+compiled = torch.compile(lambda x: 2 * x, backend="eager")
+assert compiled(torch.ones(1)).item() == 2
+optimizer.step()
+assert "torch._dynamo" in sys.modules and torch._dynamo.config is not None
+"""
+
+
+def test_training_imports_little_and_nothing_is_lost(tiny_file: Path, tiny_folder: Path) -> None:
+    program = _TRAINS + _USES_THE_REST
+    words = [sys.executable, "-c", program, str(tiny_file), str(tiny_folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

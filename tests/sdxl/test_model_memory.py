@@ -333,9 +333,13 @@ def test_highvram_keeps_freed_device_memory(
     emptied: list[bool] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
-    load_sdxl(tiny_file, highvram=True).release_image_encoder()
+    model = load_sdxl(tiny_file, highvram=True)
+    assert model.vae is not None
+    model.release_image_encoder()
     assert emptied == []
-    load_sdxl(tiny_file).release_image_encoder()
+    model = load_sdxl(tiny_file)
+    assert model.vae is not None
+    model.release_image_encoder()
     assert emptied == [True]
 
 

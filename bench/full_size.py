@@ -16,9 +16,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COMMAND = str(Path(sys.executable).with_name("sdxl-train"))
 MAKE = """
@@ -47,22 +50,14 @@ def main() -> None:
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[])
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    model = given.folder / f"{given.size}.safetensors"
-    data = given.folder / f"data-{given.resolution}" / "1_made-up"
-    data.mkdir(parents=True, exist_ok=True)
-    if not model.exists():
-        subprocess.run([sys.executable, "-c", MAKE, given.size, str(model)], check=True)
-    if not (data / "one.png").exists():
-        Image.radial_gradient("L").convert("RGB").resize((given.resolution,) * 2).save(
-            data / "one.png"
-        )
-        (data / "one.txt").write_text("a picture", encoding="utf-8")
+    model, data = prepare(given.folder, given.size, given.resolution)
     found = {}
     for precision in given.precision:
-        words = _words(model, data.parent, given, precision)
-        caching = _run([*words, "--max_train_steps", "1"])
+        out = given.folder / "out"
+        words = command(model, data, out, precision, given.resolution, given.flags)
+        caching = run([*words, "--max_train_steps", "1"])
         found[precision] = {
-            **_run([*words, "--max_train_steps", str(given.steps)]),
+            **run([*words, "--max_train_steps", str(given.steps)]),
             "with_caching": caching,
         }
     if given.json:
@@ -72,19 +67,37 @@ def main() -> None:
         print(precision, ", ".join(f"{name} {value}" for name, value in figures.items()))
 
 
-def _words(model: Path, data: Path, given: argparse.Namespace, precision: str) -> list[str]:
+def prepare(folder: Path, size: str, resolution: int) -> tuple[Path, Path]:
+    """Give a model file and a folder of data, made where they are not there yet."""
+    model = folder / f"{size}.safetensors"
+    data = folder / f"data-{resolution}" / "1_made-up"
+    data.mkdir(parents=True, exist_ok=True)
+    if not model.exists():
+        subprocess.run([sys.executable, "-c", MAKE, size, str(model)], check=True)
+    if not (data / "one.png").exists():
+        Image.radial_gradient("L").convert("RGB").resize((resolution,) * 2).save(data / "one.png")
+        (data / "one.txt").write_text("a picture", encoding="utf-8")
+    return model, data.parent
+
+
+def command(
+    model: Path, data: Path, out: Path, precision: str, resolution: int, flags: Sequence[str]
+) -> list[str]:
+    """Give the words of the command; ``--no-cache`` among the flags leaves caching out."""
+    caches = ["--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"]
     return [
         *(COMMAND, "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)),
-        *("--output_dir", str(given.folder / "out"), "--output_name", precision, "--overwrite"),
-        *("--resolution", str(given.resolution), "--min_bucket_reso", "32"),
+        *("--output_dir", str(out), "--output_name", precision, "--overwrite"),
+        *("--resolution", str(resolution), "--min_bucket_reso", "32"),
         *("--network_dim", "16", "--network_alpha", "16", "--network_train_unet_only"),
-        *("--cache_latents_to_disk", "--cache_text_encoder_outputs_to_disk"),
+        *([] if "--no-cache" in flags else caches),
         *("--mixed_precision", _PRECISIONS[precision], "--learning_rate", "1e-4", "--seed", "0"),
-        *("--max_data_loader_n_workers", "0", "--console_log_simple", *given.flags),
+        *("--max_data_loader_n_workers", "0", "--console_log_simple"),
+        *(flag for flag in flags if flag != "--no-cache"),
     ]
 
 
-def _run(words: list[str]) -> dict[str, Any]:
+def run(words: list[str]) -> dict[str, Any]:
     """Run the command; watch its memory, and hear of its first step."""
     began = time.monotonic()
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)

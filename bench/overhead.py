@@ -37,7 +37,7 @@ class BareLoop:
         self.model = options.build("cpu", torch.float32)
         adapter = Lora(network_dim=4).build(self.model)
         self.trained = [p for group in adapter.groups() for p in group.parameters]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
         self.latents = self.model.encode_images(torch.zeros(1, 3, SIDE, SIDE))
         size = torch.tensor([[SIDE, SIDE]])
         self.condition = {

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int]) -> dict[str, int]:
     """Give what comes on top of the bytes that are certain, and the peak of all.
 
-    The peak is that of loading, when all encoders are there, or that of a step of the largest
-    bucket. Not in it: what an operation holds for a moment, and what caching images takes.
+    The peak is that of filling caches, when an encoder is there beside the denoiser, or that of a
+    step of the largest bucket. Not in it: what an operation holds for a moment, and what caching
+    images takes.
 
     Args:
         prepared: The run.
@@ -44,22 +45,30 @@ def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int])
     parameters = sum(parameter.numel() for parameter in assembly.parameters)
     optimizer = 2 * parameters * torch.float32.itemsize  # as Adam's kin keep
     activations = _activation_bytes(prepared, assembly, device)
-    loading = certain["denoiser_bytes"] + certain["text_encoder_bytes"] + encoder
-    step = (
+    cached = [
+        size
+        for size, is_cached in (
+            (encoder, config.dataset.caches_latents),
+            (certain["text_encoder_bytes"], config.dataset.caches_text),
+        )
+        if is_cached
+    ]
+    stays = (
         certain["denoiser_bytes"]
-        + (0 if config.dataset.caches_text else certain["text_encoder_bytes"])
-        + (0 if config.dataset.caches_latents else encoder)
         + certain["network_bytes"]
-        + certain["gradient_bytes"]
-        + optimizer
-        + activations
+        + encoder
+        + certain["text_encoder_bytes"]
+        - sum(cached)
     )
+    # What fills a cache is there for that time only, one after the other.
+    caching = stays + max(cached, default=0)
+    step = stays + certain["gradient_bytes"] + optimizer + activations
     return {
         "image_encoder_bytes": encoder,
         "optimizer_bytes": optimizer,
         "activation_bytes": activations,
         "process_bytes": base,
-        "peak_bytes": base + max(loading, step),
+        "peak_bytes": base + max(caching, step),
     }
 
 

@@ -15,6 +15,7 @@ from sdxl_train.data.scan_index import is_settled, user_cache
 from sdxl_train.errors import UserError
 from sdxl_train.files import replace_file
 from sdxl_train.ldm.hashes import text_hash
+from sdxl_train.rng import global_generators_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,7 +62,9 @@ class Reader:
             UserError: If the files are no longer those of the start, which may have been told
                 already by their hashes.
         """
-        self.read()
+        # Libraries draw what they then overwrite; when that happens must change nothing.
+        with global_generators_kept():
+            self.read()
         for file, before, now in zip(self.files, self.stamps, stamps_of(self.files), strict=True):
             if before != now:
                 raise UserError.of(

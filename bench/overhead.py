@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -122,12 +123,18 @@ def measure(steps: int) -> dict[str, Any]:
             lap=pairs.lap,
         )
     ours, bare = pairs.steps[WARMUP + 1 :], pairs.bare_steps[WARMUP:-1]
-    pairwise = [a / b for a, b in zip(ours, bare, strict=True)]
+    pairwise = sorted(a / b for a, b in zip(ours, bare, strict=True))
+    # The order statistics between which the median lies with 95 % (normal approximation of the
+    # binomial distribution; Conover 1999, section 3.2).
+    middle, reach = len(pairwise) / 2, 0.98 * len(pairwise) ** 0.5
+    low, high = int(middle - reach), math.ceil(middle + reach)
     return {
         "steps": len(ours),
         "step_s": statistics.median(ours),
         "bare_step_s": statistics.median(bare),
         "ratio": statistics.median(pairwise),
+        "ratio_at_least": pairwise[max(low, 0)],
+        "ratio_at_most": pairwise[min(high, len(pairwise) - 1)],
         "ratio_of_sums": sum(ours) / sum(bare),
         "phases_s": {n: s / (steps + WARMUP + 1) for n, s in pairs.phases.items()},
     }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
+import accelerate.optimizer
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -13,6 +15,10 @@ from sdxl_train.process_options import ENGINES
 
 if TYPE_CHECKING:
     from sdxl_train.config import RunConfig
+
+
+# It looks for this package on the disk twice in each step: a hundredth of a step of a tiny model.
+accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

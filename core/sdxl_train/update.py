@@ -114,9 +114,7 @@ class Update:
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar loss to those that are there."""
-        # As `Accelerator.backward`, which looks for a package on the disk in each call.
-        scaler = self.accelerator.scaler
-        torch.autograd.backward(loss if scaler is None else scaler.scale(loss))
+        self.accelerator.backward(loss)
 
     def add_up(self, values: Sequence[Tensor]) -> Sequence[Tensor]:
         """Add up the gradients of all processes in place, and give the sums of ``values``."""

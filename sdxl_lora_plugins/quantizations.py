@@ -17,6 +17,13 @@ class Unquantized(Quantization):
 
     default: ClassVar[bool] = True
 
+    def remarks(self, config: RunConfig) -> Iterator[str]:
+        """Say that a choice of parts has nothing to act on."""
+        yield from super().remarks(config)
+        if self.quantize_denoiser_only:
+            place = config.place("quantize_denoiser_only")
+            yield f"{place} has no effect without base_quantization"
+
     def build(self) -> None:
         """Build nothing: no weight is stored otherwise."""
 

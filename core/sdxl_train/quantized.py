@@ -124,9 +124,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        weight = ctx.form.unpack(ctx.saved_tensors, ctx.shape, gradient.dtype)
-        return gradient @ weight, None, None, None, *(None for _ in ctx.saved_tensors)
+        (gradient,), packed = gradients, ctx.saved_tensors  # recomputed ones are given once
+        weight = ctx.form.unpack(packed, ctx.shape, gradient.dtype)
+        return gradient @ weight, None, None, None, *(None for _ in packed)
 
 
 class _Product(torch.autograd.Function):
@@ -144,9 +144,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        of_rows = ctx.form.product_back(gradient, ctx.saved_tensors)
-        return of_rows, None, *(None for _ in ctx.saved_tensors)
+        (gradient,), packed = gradients, ctx.saved_tensors
+        of_rows = ctx.form.product_back(gradient, packed)
+        return of_rows, None, *(None for _ in packed)
 
 
 class _Conv(torch.autograd.Function):
@@ -166,7 +166,7 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        weight = ctx.form.unpack(ctx.saved_tensors, ctx.shape, gradient.dtype)
+        (gradient,), packed = gradients, ctx.saved_tensors  # recomputed ones are given once
+        weight = ctx.form.unpack(packed, ctx.shape, gradient.dtype)
         of_input = conv2d_input(ctx.of_input, weight, gradient, *ctx.how)  # type: ignore[no-untyped-call]
-        return of_input, None, None, None, None, *(None for _ in ctx.saved_tensors)
+        return of_input, None, None, None, None, *(None for _ in packed)

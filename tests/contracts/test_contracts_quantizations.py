@@ -90,3 +90,10 @@ def test_layers_are_compiled_without_a_break(component: Any) -> None:
         torch.autograd.backward(output.square().sum())
         found.append((output.detach(), x.grad))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_choice_of_parts_without_a_format_is_told() -> None:
+    stand_in: Any = SimpleNamespace(place=lambda name: f"--{name}")
+    told = quantizations.Unquantized(quantize_denoiser_only=True).remarks(stand_in)
+    assert list(told) == ["--quantize_denoiser_only has no effect without base_quantization"]
+    assert list(quantizations.Unquantized().remarks(stand_in)) == []

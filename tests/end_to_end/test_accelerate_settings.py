@@ -102,3 +102,35 @@ def test_precision_that_is_not_offered_is_refused(
 def test_one_process_has_no_use_for_options_of_several(check_run: CheckRun) -> None:
     _, told = check_run(ddp_static_graph=True, ddp_gradient_as_bucket_view=True, ddp_timeout=5)
     assert sum("has no effect with one process" in text for text in told) == 3
+
+
+def test_engines_of_accelerate_are_options_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, check_run: CheckRun
+) -> None:
+    # As its launcher sets them of `use_fsdp`, and of `use_deepspeed` with these settings.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    problems, told = check_run()
+    assert problems == []
+    assert any("fsdp has no effect with one process" in text for text in told)
+    assert any("fsdp_offload_params alone has an effect" in text for text in told)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")
+    for name, value in (
+        ("ACCELERATE_USE_DEEPSPEED", "true"),
+        ("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"),
+        ("ACCELERATE_GRADIENT_CLIPPING", "0.5"),
+        ("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds.json"),
+    ):
+        monkeypatch.setenv(name, value)
+    problems, _ = check_run()
+    assert any("names a configuration file of DeepSpeed" in problem for problem in problems)
+    assert any("accelerate's configuration: 0 spreads nothing" in text for text in problems)
+
+
+def test_gradient_clipping_of_accelerate_serves(
+    monkeypatch: pytest.MonkeyPatch, checked: Callable[..., RunConfig]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "0.5")
+    assert checked().training.max_grad_norm == 0.5
+    assert checked(max_grad_norm=2.0).training.max_grad_norm == 2.0

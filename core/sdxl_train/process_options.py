@@ -109,7 +109,9 @@ class ProcessOptions(EngineOptions):
         }
         for name, is_set in alone.items():
             if is_set and processes == 1:
-                yield f"{config.place(name)} has no effect with one process"
+                place = config.place(name)
+                said = f"{place}'s use_{name}" if place == _CONFIGURATION else place
+                yield f"{said} has no effect with one process"
         exchange = ("ddp_gradient_as_bucket_view", "ddp_static_graph")
         for name in exchange if self.deepspeed else ():
             if getattr(self, name):

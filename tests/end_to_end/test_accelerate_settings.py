@@ -112,7 +112,7 @@ def test_engines_of_accelerate_are_options_of_the_run(
     monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
     problems, told = check_run()
     assert problems == []
-    assert any("fsdp has no effect with one process" in text for text in told)
+    assert any("use_fsdp has no effect with one process" in text for text in told)
     assert any("fsdp_offload_params alone has an effect" in text for text in told)
     monkeypatch.delenv("ACCELERATE_USE_FSDP")
     monkeypatch.delenv("FSDP_OFFLOAD_PARAMS")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import runpy
 from pathlib import Path
 
@@ -28,23 +27,3 @@ def test_a_step_costs_little_more_than_its_maths() -> None:
     assert {"data", "forward", "backward", "optimizer", "logging", "hooks"} == set(
         found["phases_s"]
     )
-
-
-def test_rows_of_a_gpu_are_measured_once_and_tabled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = BENCH.with_name("gpu.py")
-    file = tmp_path / "rows.json"
-    tiny = ["--tiny", "--steps", "1", "--warmup", "1", "--resolution", "32"]
-    words = [str(script), str(file), "--only", "batch1-rank16", "--bench", *tiny]
-    # The second row of that name is there, so that one call of the command is made.
-    file.write_text(json.dumps({"batch1-rank16-checkpointing": {"error": "out of memory"}}))
-    for _ in range(2):
-        monkeypatch.setattr("sys.argv", words)
-        runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out.count("batch1-rank16 ") == 1
-    monkeypatch.setattr("sys.argv", [str(script), str(file), "--table"])
-    runpy.run_path(str(script), run_name="__main__")
-    rows = capsys.readouterr().out.splitlines()
-    assert rows[2] == "| batch1-rank16-checkpointing | out of memory | | | | |"
-    assert rows[3].startswith("| batch1-rank16 | ")

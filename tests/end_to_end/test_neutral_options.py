@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_train.components import Network
 from sdxl_train.config import CORE_OPTIONS
+from sdxl_train.engine_options import EngineOptions
 from sdxl_train.metadata_options import MetadataOptions
 from sdxl_train.plugins import PluginHost
 from sdxl_train.registry import Registry
@@ -113,6 +114,7 @@ ELSEWHERE = {
     "network_weights": "a state has weights of its own",
     "base_weights": "what is merged is compared with the model",
     "cpu_offload_checkpointing": "with gradient_checkpointing: test_model_memory.py",
+    **dict.fromkeys(EngineOptions.model_fields, "several processes: test_engines.py"),
 }
 
 

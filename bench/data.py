@@ -81,14 +81,14 @@ def measure_scan(folder: Path, count: int, *flags: str) -> dict[str, float]:
     With ``--decode`` as a training starts, which decodes each image that it never saw; else as
     ``plan`` does, which reads heads only.
     """
-    write_images(folder, 50, count)
-    forget(folder / "images")
+    write_images(folder / "data", 50, count, "1_thing")
+    forget(folder / "data" / "1_thing")
     home = str(folder / "home")
     title = "training" if flags else "plan"
     first, second = (
         json.loads(
             subprocess.run(
-                [sys.executable, __file__, "--scan_once", str(folder / "images"), home, *flags],
+                [sys.executable, __file__, "--scan_once", str(folder / "data"), home, *flags],
                 check=True,
                 capture_output=True,
                 text=True,

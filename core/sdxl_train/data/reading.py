@@ -6,7 +6,7 @@ import os
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from sdxl_train.data.captions import CaptionError
@@ -136,8 +136,8 @@ class _Reading:
             files,
             self.files.recall(images),
             self.files.recall(captions),
-            self.masks.recall(masks),
-            strict=True,
+            self.masks.recall(masks) if any(masks) else repeat(None),
+            strict=False,
         )
         return [self._recalled(*of_image) for of_image in rows]
 

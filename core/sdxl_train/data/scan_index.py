@@ -134,15 +134,16 @@ class FolderIndex:
 
     def recall(self, names: Iterable[str | None]) -> list[int | None]:
         """Give the rows of files in ``kept``, None of those that are new or were touched."""
-        row_of, marks, untouched = self.kept.rows.get, self.kept.marks, self._untouched
+        # What was read anew in this process is in no row.
+        row_of, used, untouched = self.kept.rows.get, self._used, self._untouched
+        marks, mark = self.kept.marks, mark_of
         rows: list[int | None] = []
         with _asker(self.path) as status_of:
             for name in names:
                 row = None if name is None else row_of(name)
                 if row is not None and name is not None and not untouched[row]:
                     try:
-                        # What was read anew in this process is in no row.
-                        if name not in self._used and marks[row] == mark_of(status_of(name)):
+                        if name not in used and marks[row] == mark(status_of(name)):
                             untouched[row] = True
                         else:
                             row = None

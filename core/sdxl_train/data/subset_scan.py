@@ -194,18 +194,19 @@ class SubsetScan:
         if subset.views.face_crop_aug_range and split_face(read.path.stem)[1] is None:
             remark = "no face in the name (_X_Y_W_H), cropped at the centre"
             self.findings.remarks.add(remark, read.path)
+        # In the order of its fields: names take twice as long, and there may be 100 000.
         return ImageRecord(
-            folder=read.folder,
-            name=read.names[0],
-            num_bytes=read.num_bytes,
-            size=read.header.size,
-            caption=text,
-            has_caption=caption is not None,
-            repeats=subset.num_repeats,
-            is_reg=subset.is_reg,
-            subset=self.index,
-            fit=judged.fit,
-            mask=read.mask_path,
+            read.folder,
+            read.names[0],
+            read.num_bytes,
+            read.header.size,
+            text,
+            caption is not None,
+            subset.num_repeats,
+            subset.is_reg,
+            self.index,
+            judged.fit,
+            read.mask_path if read.mask else None,
         )
 
     def _caption(self, caption: CaptionFile, read: Read, annotation: Annotation | None) -> str:

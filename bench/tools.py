@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_lora_plugins.made_up_parts import TE1, TE2, UNET, VAE
 from sdxl_lora_plugins.model import SDXL
 from sdxl_train import TensorEntry, write_tensors
-from sdxl_train.ldm import checkpoint
+from sdxl_train.ldm import checkpoint, family
 
 POOL = torch.randn(80_000_000, generator=torch.Generator().manual_seed(0))
 """Random values of which every tensor takes some."""
@@ -50,7 +50,7 @@ def sdxl_shapes() -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]
             if origin.third is not None:
                 shape = (3 * shape[0], *shape[1:])
             shapes[origin.name] = shape[::-1] if origin.transposed else shape
-    prefix = checkpoint.UNET
+    prefix = family.UNET
     layers = {
         f"lora_unet_{name.removeprefix(prefix).removesuffix('.weight').replace('.', '_')}": shape
         for name, shape in shapes.items()

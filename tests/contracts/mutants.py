@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
+from sdxl_lora_plugins.fp8 import Fp8Format, Fp8MatmulFormat
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.networks import Lokr, Lora
 from sdxl_train import (
@@ -25,6 +26,7 @@ from sdxl_train import (
     Observer,
     Optimizer,
     ParameterGroup,
+    Quantization,
     Scheduler,
     Timesteps,
     UserError,
@@ -38,6 +40,7 @@ from sdxl_train.testing import (
     NoiseContract,
     ObserverContract,
     OptimizerContract,
+    QuantizationContract,
     SchedulerContract,
     TimestepsContract,
     WeightingContract,
@@ -45,6 +48,8 @@ from sdxl_train.testing import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch import Tensor
 
     from sdxl_train import NoiseSchedule, StepPlan
     from sdxl_train.testing.fixtures import TinyModel
@@ -321,7 +326,7 @@ class TestNormalizedWeight(WeightingContract):
     component = weighting_of(lambda timesteps: (timesteps + 1.0) / (timesteps + 1.0).mean())
 
 
-# ------------------------------------------------------------------------- optimizers, schedulers
+# -------------------------------------------------------------------------------------- optimizers
 
 
 def optimizer_of(make: Callable[[list[Any]], Any], **members: Any) -> type[Optimizer]:
@@ -402,6 +407,17 @@ class Noisy(SGD):
                     parameter.add_(torch.randn_like(parameter), alpha=1e-3)
 
 
+class Normalizing(SGD):
+    """Divides each gradient by its norm."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad /= parameter.grad.norm()
+        super().step()
+
+
 class Modal(SGD):
     """Has modes."""
 
@@ -460,6 +476,106 @@ class TestModal(OptimizerContract):
 @caught_by("test_fused_backward_is_true_if_declared")
 class TestNotFused(OptimizerContract):
     component = optimizer_of(Secretive, fused_backward=True)
+
+
+@caught_by("test_elementwise_is_true_if_declared")
+class TestNotElementwise(OptimizerContract):
+    component = optimizer_of(Normalizing, elementwise=True)
+
+
+# ------------------------------------------------------------------------------------ quantizations
+
+
+def quantization_of(form: type[Fp8Format]) -> type[Quantization]:
+    """Make a quantization of a format."""
+
+    class Mutant(Quantization):
+        """A format."""
+
+        def build(self) -> Any:
+            return form()
+
+    return Mutant
+
+
+class Enlarging(Fp8Format):
+    """Gives values that are too large."""
+
+    def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return 1.5 * super().unpack(packed, shape, dtype)
+
+
+class Wasteful(Fp8Format):
+    """Keeps the weight beside."""
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return (*super().pack(weight), weight.float())
+
+    def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return super().unpack(packed[:2], shape, dtype)
+
+
+class Dividing(Fp8Format):
+    """Divides by the largest value, whatever that is."""
+
+    def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        values = super().unpack(packed, shape, dtype)
+        return values / values.abs().max() * values.abs().max()
+
+
+class Unplanned(Fp8Format):
+    """Stores something else on the meta device."""
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        stored, scale = super().pack(weight)
+        return (stored.to(torch.int16) if weight.is_meta else stored), scale
+
+
+class Miscalculating(Fp8MatmulFormat):
+    """Multiplies with something else than it stores."""
+
+    def product(self, rows: Tensor, packed: Sequence[Tensor]) -> Tensor:
+        return -super().product(rows, packed)
+
+
+class Drawing(Fp8Format):
+    """Draws from the global generator."""
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return super().pack(weight + 0 * torch.rand(()).to(weight))
+
+
+@caught_by("test_weights_come_back_nearly_as_they_were")
+class TestEnlarging(QuantizationContract):
+    component = quantization_of(Enlarging)
+
+
+@caught_by("test_less_is_stored_than_in_16_bits")
+class TestWasteful(QuantizationContract):
+    component = quantization_of(Wasteful)
+
+
+@caught_by("test_weights_of_zeros_come_back_as_zeros")
+class TestDividing(QuantizationContract):
+    component = quantization_of(Dividing)
+
+
+@caught_by("test_a_plan_knows_what_is_stored")
+class TestUnplanned(QuantizationContract):
+    component = quantization_of(Unplanned)
+
+
+@caught_by("test_layers_compute_with_what_they_store")
+class TestMiscalculating(QuantizationContract):
+    component = quantization_of(Miscalculating)
+
+
+@caught_by("test_process_is_left_alone")
+class TestDrawingFormat(QuantizationContract):
+    component = quantization_of(Drawing)
+
+
+# -------------------------------------------------------------------------------------- schedulers
 
 
 def scheduler_of(factor: Callable[[int, Any], float]) -> type[Scheduler]:

@@ -20,9 +20,9 @@ WATCHED: dict[str, Any] = {
     "validation_split": 0.4,
     "validate_every_n_steps": 1,
     "validate_every_n_epochs": 0,
-    "max_train_steps": 9,
+    "max_train_steps": 12,
     # So high that it soon gets worse.
-    "learning_rate": 0.3,
+    "learning_rate": 1.0,
     "lr_scheduler": "constant",
     "save_every_n_steps": 1,
     "save_state": True,

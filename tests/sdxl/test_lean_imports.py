@@ -6,8 +6,12 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+from sdxl_train.ldm import lean_imports
+
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import pytest
 
 # In a process of its own: this one has imported everything long ago.
 _TRAINS = """
@@ -73,3 +77,12 @@ def test_training_imports_little_and_nothing_is_lost(tiny_file: Path, tiny_folde
     words = [sys.executable, "-c", program, str(tiny_file), str(tiny_folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_variable_of_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    finders = list(sys.meta_path)
+    with lean_imports():
+        assert sys.meta_path != finders
+    monkeypatch.setenv("SDXL_TRAIN_LEAN_IMPORTS", "0")
+    with lean_imports():
+        assert sys.meta_path == finders

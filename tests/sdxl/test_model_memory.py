@@ -14,6 +14,7 @@ from sdxl_lora_plugins.fp8 import Fp8Format
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_lora_plugins.networks import Locon
 from sdxl_train import UserError
+from sdxl_train.process_options import ProcessOptions
 from sdxl_train.quantized import quantize_layers
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def a_config(*given: str, device: str = "cpu") -> RunConfig:
         place=lambda name: f"--{name}",
         is_set=lambda name: name in given,
         device=lambda: torch.device(device),
+        processes=ProcessOptions(),
     )
     return cast("RunConfig", stand_in)
 

@@ -12,6 +12,9 @@ times as long as what a training needs of them. Within :func:`lean_imports` it i
 
 All of it works for whoever uses it later; it is only imported then. Afterwards ``sys.modules`` has
 no stand-ins: whoever imports one of these modules gets the real one.
+
+This leans on how the libraries are laid out. Should a version of them not bear it, the environment
+variable ``SDXL_TRAIN_LEAN_IMPORTS=0`` imports them as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import os
 import sys
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
@@ -63,6 +67,9 @@ _PUT_OFF: Final = (
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Put off what training does not use of the libraries that are imported in here."""
+    if os.environ.get("SDXL_TRAIN_LEAN_IMPORTS") == "0":
+        yield
+        return
     found = (_find(name) for name in _PUT_OFF if name not in sys.modules)
     put_off = {spec.name: _PutOff(spec) for spec in found if spec is not None}
     finder = _Lean()

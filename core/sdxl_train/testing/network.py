@@ -373,6 +373,7 @@ def _fuse_by_diffusers(model: LoadedModel, base: Path, folder: Path) -> None:
     pytest.importorskip("peft", reason="diffusers needs peft to read networks")
     from diffusers import DiffusionPipeline
 
+    model.encode_text([""])  # or encoders that wait to be needed would have no weights yet
     pipeline: Any = DiffusionPipeline.from_pretrained(base)
     pipeline.load_lora_weights(folder, weight_name=_FILE)
     pipeline.fuse_lora()

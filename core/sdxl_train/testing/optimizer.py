@@ -184,6 +184,7 @@ class OptimizerContract(Contract[Optimizer]):
             gradients = torch.cat(
                 [p.grad.flatten() for p in halved.parameters if p.grad is not None]
             )
+            halved.optimizer.zero_grad(set_to_none=True)
             for half, gradient in zip(halves, gradients.tensor_split(2), strict=True):
                 half.grad = gradient.clone()
             optimizer.step()

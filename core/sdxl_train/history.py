@@ -129,8 +129,9 @@ class History:
             **{f"metric {name}": next(values) for name in step.metrics},
         }
         for name in row.keys() | self._columns.keys():
-            column = self._columns.setdefault(name, array("d", [math.nan] * self._length))
-            column.append(row.get(name, math.nan))
+            if name not in self._columns:
+                self._columns[name] = array("d", [math.nan]) * self._length
+            self._columns[name].append(row.get(name, math.nan))
         self._length += 1
         timesteps = [next(values) for _ in step.keys]
         for key, timestep in zip(step.keys, timesteps, strict=True):

@@ -83,6 +83,6 @@ def test_a_variable_of_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPa
     finders = list(sys.meta_path)
     with lean_imports():
         assert sys.meta_path != finders
-    monkeypatch.setenv("SDXL_TRAIN_LEAN_IMPORTS", "0")
+    monkeypatch.setenv("LEAN_IMPORTS", "0")
     with lean_imports():
         assert sys.meta_path == finders

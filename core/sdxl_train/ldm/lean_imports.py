@@ -14,7 +14,7 @@ All of it works for whoever uses it later; it is only imported then. Afterwards 
 no stand-ins: whoever imports one of these modules gets the real one.
 
 This leans on how the libraries are laid out. Should a version of them not bear it, the environment
-variable ``SDXL_TRAIN_LEAN_IMPORTS=0`` imports them as they are.
+variable ``LEAN_IMPORTS=0`` imports them as they are.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _PUT_OFF: Final = (
 @contextmanager
 def lean_imports() -> Iterator[None]:
     """Put off what training does not use of the libraries that are imported in here."""
-    if os.environ.get("SDXL_TRAIN_LEAN_IMPORTS") == "0":
+    if os.environ.get("LEAN_IMPORTS") == "0":
         yield
         return
     found = (_find(name) for name in _PUT_OFF if name not in sys.modules)

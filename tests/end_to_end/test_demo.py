@@ -21,7 +21,8 @@ from sdxl_train import UserError
 from sdxl_train.cli import main
 
 LORA_STEPS = 80
-FEWER_STEPS = ["--base_steps", "120", "--steps", str(LORA_STEPS)]
+# With fewer of the base model, how an optimizer rounds decides how well shapes are told apart.
+FEWER_STEPS = ["--base_steps", "200", "--steps", str(LORA_STEPS)]
 
 NO_NETWORK = """
 import os, sys
@@ -108,8 +109,7 @@ def test_lora_of_the_demo_changes_zogs_and_spares_the_other_shapes(demo: Outcome
     # Below the title, one row of pictures for each of four prompts; the first is the zog.
     changes = np.abs(after - before)[-4 * 102 :]
     zog, *others = [change.mean() for change in np.split(changes, 4)]
-    # So few steps end up 1.5 to 3.0 apart, by how the optimizer rounds; all steps of a demo 5 to 7.
-    assert zog > 1.2 * max(others)
+    assert zog > 2 * max(others)
 
 
 def test_file_of_the_demo_holds_a_trained_unet(demo: Outcome) -> None:

@@ -32,12 +32,14 @@ optimizer.step()
 optimizer.zero_grad()
 assert not any(torch.equal(p, b) for p, b in zip(trained, before, strict=True))
 UNUSED = ("bitsandbytes", "peft", "scipy", "sympy", "torch._dynamo", "torch.distributed.tensor",
-          "diffusers.hooks.layerwise_casting", "diffusers.models.transformers.transformer_flux")
+          "diffusers.hooks.layerwise_casting", "diffusers.models.transformers.transformer_flux",
+          "requests", "transformers.models.auto.processing_auto", "transformers.processing_utils")
 there = [name for name in UNUSED if name in sys.modules]
 assert not there, there
 """
 _USES_THE_REST = """
 # Everything is there for whoever asks for it, in this order or another.
+from diffusers.utils import import_utils as diffusers_utils
 from torch.distributed.tensor import DTensor, Shard
 from transformers.distributed import sharding_utils
 assert isinstance(DTensor, type)
@@ -51,6 +53,13 @@ assert not isinstance(model, lora_base.BaseTunerLayer)
 from diffusers.hooks import apply_layerwise_casting
 from diffusers import AutoencoderTiny, FluxTransformer2DModel, StableDiffusionXLPipeline
 from transformers import BertModel, CLIPVisionModel
+from transformers import BertTokenizer, CLIPProcessor, CLIPTextModel, __version__
+assert CLIPTextModel is type(model.text_encoders[0])
+assert "attention_mask" in BertModel.forward.__doc__
+import transformers
+assert transformers.__version__ == __version__ and transformers.CLIPTextModel is CLIPTextModel
+assert transformers.processing_utils.transformers_module.CLIPProcessor.__name__ == "CLIPProcessor"
+assert "diffusers" in diffusers_utils._package_map
 import transformers.models
 assert transformers.models.bert.BertModel is BertModel
 import diffusers.models.transformers

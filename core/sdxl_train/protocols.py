@@ -91,17 +91,27 @@ class LoadedModel(Protocol):
     and ``target_size``, each int64 [B, 2] in pixels and (height, width) order.
     """
 
-    parts: tuple[Part, ...]
-    """The parts that this run adapts."""
-    frozen_parts: tuple[Part, ...]
-    """The other parts that a network could adapt."""
-    denoiser: nn.Module
-    text_encoders: tuple[nn.Module, ...]
     schedule: NoiseSchedule
     latent_scale: int
     """Pixels of the image for each latent pixel, along one side."""
     max_tokens: int
     """Tokens of a caption that are read; what is more is cut off."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that this run adapts."""
+
+    @property
+    def frozen_parts(self) -> tuple[Part, ...]:
+        """The other parts that a network could adapt."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """What predicts; parts whose weights are read when they are needed are read by then."""
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, ...]:
+        """What encodes captions, likewise."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Turn images [B, 3, H, W] in [-1, 1] into latents [B, C, H/s, W/s], scaled for training.

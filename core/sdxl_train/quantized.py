@@ -27,7 +27,8 @@ def quantize_layers(module: nn.Module, within: Sequence[str], form: WeightFormat
     """Store the weights of the linear layers and convolutions of some children in a format.
 
     Args:
-        module: Its parameters are frozen.
+        module: Its parameters are frozen. On the meta device too: what :func:`set_weight` gives its
+            layers then is stored so from the start.
         within: Names of the children, as in ``named_modules``; the module itself is "".
         form: The format.
     """
@@ -48,6 +49,27 @@ def quantize_layers(module: nn.Module, within: Sequence[str], form: WeightFormat
                     weight.shape
                 )
                 quantized.weight = weight.detach()
+
+
+def set_weight(layer: nn.Module, name: str, values: Tensor) -> None:
+    """Give a frozen layer other values, which it stores as it stored those before.
+
+    Args:
+        layer: The layer.
+        name: Of a parameter, a buffer, or a weight in a format.
+        values: Of the shape of those before, in the precision of the run.
+    """
+    before = layer._parameters.get(name)
+    if before is not None:
+        layer._parameters[name] = nn.Parameter(values, requires_grad=before.requires_grad)
+    else:
+        setattr(layer, name, values)
+
+
+def formats_of(module: nn.Module) -> str:
+    """Name the formats in which a module's layers store their weights; empty if in none."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _QuantizedLayer)]
+    return " ".join(sorted({layer.form.name for layer in layers}))
 
 
 class _QuantizedLayer(nn.Module):

@@ -151,7 +151,7 @@ def test_clients_compute_what_training_did(
 def in_parts(name: str, path: Path, unet: nn.Module, encoder: nn.Module) -> list[Tensor]:
     """Give what parts that a client changed make of the same."""
     model = load(name, path)
-    model.denoiser, model.text_encoders = unet, (encoder,)
+    model._unet, model._text_encoders = unet, (encoder,)
     return outputs(model)
 
 

@@ -100,9 +100,12 @@ def test_encoders_are_read_one_by_one(tiny_file: Path, load_sdxl: Load) -> None:
     assert not any(p.is_meta for encoder in model._text_encoders for p in encoder.parameters())
 
 
-def test_encoders_that_train_are_read_at_once(tiny_file: Path, load_sdxl: Load) -> None:
+def test_parts_that_train_are_read_with_the_network(tiny_file: Path, load_sdxl: Load) -> None:
     model = load_sdxl(tiny_file, text_encoder_lr=[1e-4, 0])
+    assert are_read(model) == [False, False, False]
+    assert [part.name for part in model.parts] == ["unet", "te1"]
     assert are_read(model) == [False, True, False]
+    assert not any(p.is_meta for p in model.denoiser.parameters())
 
 
 def test_sampler_has_its_decoder_at_once(tiny_file: Path, load_sdxl: Load) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from sdxl_train.ldm.lean_imports import lean_imports
 
 if TYPE_CHECKING:
-    from sdxl_train.ldm.checkpoint import fill_position_ids
     from sdxl_train.ldm.family import (
         LATENT_CHANNELS,
         UNET,
@@ -43,13 +42,14 @@ if TYPE_CHECKING:
     from sdxl_train.ldm.samplers import SAMPLERS, SamplerName
     from sdxl_train.ldm.tiny import BareParts, tiny_parts, write_tiny
     from sdxl_train.ldm.tokenizer import load_tokenizers
+    from sdxl_train.ldm.unfilled import fill_position_ids
 
 _HOMES = {
     "tiny_parts": "tiny",
     "text_attention": "loading",
     "made_ready": "loading",
     "load_tokenizers": "tokenizer",
-    "fill_position_ids": "checkpoint",
+    "fill_position_ids": "unfilled",
     "Said": "prediction",
     "Origins": "loaded",
     "Modules": "loaded",

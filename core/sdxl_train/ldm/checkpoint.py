@@ -2,41 +2,38 @@
 
 Each part is first built without memory, on torch's meta device, from the shapes in the header.
 Then every tensor goes from the memory-mapped file straight to the device and dtype that it is used
-in and is assigned, so that there is never a second copy of the model. Text encoders and VAE wait
-for that until they are needed.
+in and is assigned, so that there is never a second copy of the model. Each part waits for that
+until it is needed.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from functools import partial
-from math import prod
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
-from safetensors.torch import load as load_tensors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxl_train.errors import UserError
 from sdxl_train.ldm import configs, names
 from sdxl_train.ldm.family import UNET, VAE
-from sdxl_train.ldm.headers import PICKLED, BadFileError, Header, counted, read_header
+from sdxl_train.ldm.headers import BadFileError, Header, counted, read_header
 from sdxl_train.ldm.origins import Origin, clip_origin, openclip_origin
-from sdxl_train.ldm.unfilled import without_weights
-from sdxl_train.ldm.unread import Reader, stamps_of
+from sdxl_train.ldm.unfilled import fill_position_ids, without_weights
+from sdxl_train.ldm.weight_files import WeightFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    import torch
+    from torch import nn
 
     from sdxl_train.ldm.family import ClipEncoder, Family
     from sdxl_train.ldm.headers import Shapes
+    from sdxl_train.ldm.unread import Reader
 
 _log = logging.getLogger(__name__)
 
@@ -46,10 +43,6 @@ _HARMLESS = re.compile(
     r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
 )
 """Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
-
-
-_PIECE = 1 << 27
-"""Numbers that are read between two openings of a file."""
 
 
 def unet_origins(unet: UNet2DConditionModel) -> dict[str, Origin]:
@@ -103,24 +96,25 @@ class Checkpoint:
     ) -> None:
         self.path = path
         self.family = family
-        self._mapped = mapped
         self._device = device
         self._used: set[str] = set()
         try:
             self.header: Header = read_header(path, pickles=family.pickles)
         except BadFileError as error:
             raise self._error(error) from error
-        self._stamps = stamps_of([path])
+        remedy = f"use {family.checkpoint}"
+        self._files = WeightFiles([self.header], place=str(path), remedy=remedy, mapped=mapped)
 
-    def unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        """Load the U-Net."""
+    def unet(self, dtype: torch.dtype) -> tuple[UNet2DConditionModel, Reader | None]:
+        """Give the U-Net without weights."""
         config = self._configure(lambda shapes: configs.unet_config(shapes, self.family))
-        with without_weights():
+        with without_weights(dtype):
             unet = UNet2DConditionModel(**config)
-        self._reader(unet, unet_origins(unet), "U-Net", dtype)()
-        return unet
+        return unet, self._reader(unet, unet_origins(unet), "U-Net")
 
-    def text_encoders(self, dtype: torch.dtype, attention: str) -> list[tuple[nn.Module, Reader]]:
+    def text_encoders(
+        self, dtype: torch.dtype, attention: str
+    ) -> list[tuple[nn.Module, Reader | None]]:
         """Give the text encoders without weights, with an attention of transformers'."""
         return [
             self._text_encoder(encoder, dtype, attention) for encoder in self.family.text_encoders
@@ -128,27 +122,26 @@ class Checkpoint:
 
     def _text_encoder(
         self, encoder: ClipEncoder, dtype: torch.dtype, attention: str
-    ) -> tuple[nn.Module, Reader]:
+    ) -> tuple[nn.Module, Reader | None]:
         config = self._configure(lambda shapes: configs.clip_config(shapes, encoder))
         kind = CLIPTextModelWithProjection if encoder.projects else CLIPTextModel
-        with without_weights():
+        with without_weights(dtype):
             module: nn.Module = kind(CLIPTextConfig(**config, attn_implementation=attention))
+        fill_position_ids(module, self._device)
         shapes = self.header.shapes
-        origins = clip_origins(module, encoder, shapes)
-        reader = self._reader(module, origins, encoder.short_title, dtype)
+        reader = self._reader(module, clip_origins(module, encoder, shapes), encoder.short_title)
         if encoder.unused_layers:
             # The last layers and what follows them are left out on purpose.
             self._used.update(name for name in shapes if name.startswith(encoder.key))
         return module, reader
 
-    def vae(self, dtype: torch.dtype) -> tuple[AutoencoderKL, Reader]:
+    def vae(self, dtype: torch.dtype) -> tuple[AutoencoderKL, Reader | None]:
         """Give the VAE without weights, of a whole checkpoint or a file of its own."""
         prefix = vae_prefix(self.header.shapes)
         config = self._configure(lambda shapes: configs.vae_config(shapes, self.family, prefix))
-        with without_weights():
+        with without_weights(dtype):
             vae = AutoencoderKL(**config)
-        origins = vae_origins(vae, self.header.shapes)
-        return vae, self._reader(vae, origins, "VAE", dtype)
+        return vae, self._reader(vae, vae_origins(vae, self.header.shapes), "VAE")
 
     def warn_of_unused(self, *, vae_replaced: bool) -> None:
         """Log once how many tensors of the file belong to nothing that trains or is trained on."""
@@ -174,85 +167,9 @@ class Checkpoint:
         return UserError.of(str(self.path), error.fault.message, error.fault.remedy)
 
     def _reader(
-        self, module: nn.Module, origins: Mapping[str, Origin], title: str, dtype: torch.dtype
-    ) -> Reader:
+        self, module: nn.Module, origins: Mapping[str, Origin], title: str
+    ) -> Reader | None:
         """Give what reads a part on the meta device, whose tensors are all there."""
-        self._check(module, origins, title)
+        reader = self._files.reader(module, origins, self._device, title)
         self._used.update(origin.name for origin in origins.values())
-        return Reader(
-            files=(self.path,),
-            stamps=self._stamps,
-            dtype=dtype,
-            read=partial(self._fill, module, origins, dtype),
-        )
-
-    def _fill(self, module: nn.Module, origins: Mapping[str, Origin], dtype: torch.dtype) -> None:
-        """Give a part on the meta device its weights."""
-        state = {
-            path: origin.take(stored).to(device=self._device, dtype=dtype).contiguous()
-            for path, origin, stored in self._tensors(origins)
-        }
-        module.load_state_dict(state, assign=True)
-        fill_position_ids(module, self._device)
-
-    def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Origin, Tensor]]:
-        """Yield each parameter's stored tensor, as a view of the file; on meta, its shape."""
-        if self._device.type == "meta":
-            for path, origin in origins.items():
-                yield path, origin, torch.empty(self.header.shapes[origin.name], device="meta")
-            return
-        if self.path.suffix.lower() in PICKLED:
-            from sdxl_train.ldm.pickled import read_tensors
-
-            tensors = read_tensors(self.path)
-            for path, origin in origins.items():
-                yield path, origin, tensors[origin.name]
-            return
-        if not self._mapped:
-            tensors = load_tensors(self.path.read_bytes())
-            for path, origin in origins.items():
-                yield path, origin, tensors[origin.name]
-            return
-        for some in _in_pieces(origins, self.header):
-            # A file that is mapped anew gives back the pages of the tensors that were copied.
-            with safe_open(self.path, framework="pt") as file:
-                for path in some:
-                    yield path, origins[path], file.get_tensor(origins[path].name)
-
-    def _check(self, module: nn.Module, origins: Mapping[str, Origin], title: str) -> None:
-        """Raise UserError for tensors that are missing or of another shape."""
-        shapes = self.header.shapes
-        if missing := sorted({o.name for o in origins.values()} - shapes.keys()):
-            text = f"the {title} lacks {counted(missing)}"
-            raise UserError.of(str(self.path), text, "use a complete checkpoint")
-        wanted = module.state_dict()
-        wrong = []
-        for path, origin in origins.items():
-            stored = torch.empty(shapes[origin.name], device="meta")
-            if origin.take(stored).shape != wanted[path].shape:
-                wrong.append(origin.name)
-        if wrong:
-            text = f"the {title} has shapes that do not fit in {counted(wrong)}"
-            raise UserError.of(str(self.path), text, f"use {self.family.checkpoint}")
-
-
-def _in_pieces(origins: Mapping[str, Origin], header: Header) -> Iterator[list[str]]:
-    """Give the parameters in pieces of not much more than a quarter of a gigabyte."""
-    piece: list[str] = []
-    numbers = 0
-    for path, origin in origins.items():
-        piece.append(path)
-        numbers += prod(header.shapes[origin.name])
-        if numbers > _PIECE:
-            yield piece
-            piece, numbers = [], 0
-    yield piece
-
-
-def fill_position_ids(encoder: nn.Module, device: torch.device) -> None:
-    """Put the one buffer that no file holds, the positions of CLIP's tokens, on the device."""
-    for module in encoder.modules():
-        ids = getattr(module, "position_ids", None)
-        if isinstance(ids, torch.Tensor):
-            numbers = torch.arange(ids.shape[-1]).expand(1, -1) if ids.is_meta else ids
-            module.position_ids = numbers.to(device)
+        return reader

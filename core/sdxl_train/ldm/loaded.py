@@ -7,21 +7,19 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from sdxl_train._version import __version__
-from sdxl_train.ldm import configs, names, text
-from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash, weights_hash
-from sdxl_train.ldm.unread import remembered
-from sdxl_train.protocols import Part
+from sdxl_train.ldm import text
+from sdxl_train.ldm.hashes import full_hash, short_hash, text_hash
+from sdxl_train.ldm.parts import TEXT_GROUP, parts_of
+from sdxl_train.ldm.unread import UnreadParts, remembered
 from sdxl_train.quantized import quantize_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
     from pathlib import Path
 
@@ -29,14 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPTokenizer
 
-    from sdxl_train.ldm.family import ClipEncoder, Family
+    from sdxl_train.ldm.family import Family
     from sdxl_train.ldm.sampling import LdmSampler
     from sdxl_train.ldm.unread import Reader
-    from sdxl_train.protocols import WeightFormat
+    from sdxl_train.protocols import Part, WeightFormat
     from sdxl_train.schedule import NoiseSchedule
-
-UNET_GROUP: Final = "unet"
-TEXT_GROUP: Final = "textencoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +39,8 @@ class Modules:
     """The networks of a model, and the tokenizers of its text encoders.
 
     Attributes:
-        readers: How text encoders and VAE get their weights once something needs them; those that
-            are not among them have theirs.
+        readers: How the networks get their weights once something needs them; those that are not
+            among them have theirs.
     """
 
     unet: UNet2DConditionModel
@@ -53,13 +48,6 @@ class Modules:
     vae: AutoencoderKL
     tokenizers: tuple[CLIPTokenizer, ...]
     readers: dict[nn.Module, Reader] = field(default_factory=dict)
-
-    def once_read(self, module: nn.Module, act: Callable[[], None], *, stored: str = "") -> None:
-        """Do something with a module's weights as soon as it has them; see :class:`Reader`."""
-        if module in self.readers:
-            self.readers[module] = self.readers[module].then(act, stored)
-        else:
-            act()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +87,8 @@ class Computing:
 class LoadedLdm:
     """A base model in memory; implements ``sdxl_train.LoadedModel``.
 
-    Text encoders and VAE that train nothing are read when they are first asked for, so that a run
-    whose encodings are cached never has them in memory.
+    Each network is read when it is first asked for: so a run whose encodings are cached never has
+    text encoders and VAE in memory, and what is to be packed is packed as it is read.
 
     Args:
         family: What it is.
@@ -129,7 +117,7 @@ class LoadedLdm:
         computing: Computing = Computing(),
     ) -> None:
         self.family = family
-        self.denoiser: nn.Module = modules.unet
+        self._unet: nn.Module = modules.unet
         self._text_encoders = modules.text_encoders
         # A plan knows no weights, but the numbers of the schedule.
         self.schedule = schedule if device.type == "meta" else schedule.to(device)
@@ -137,7 +125,7 @@ class LoadedLdm:
         self.latent_scaling = latent_scaling
         self.tokenizers = modules.tokenizers
         self._vae: AutoencoderKL | None = modules.vae
-        self._readers, self._unread = modules.readers, set(modules.readers)
+        self._unread = UnreadParts(modules.readers)
         self.max_tokens = reading.max_tokens
         self._reading = reading
         self._device = device
@@ -147,25 +135,28 @@ class LoadedLdm:
         self._format = torch.channels_last if computing.channels_last else torch.preserve_format
         self._origins = origins
         self._merged: list[dict[str, Any]] = []
-        parts = _parts(family, modules, rates)
-        self.parts = tuple(part for part in parts if part.name in rates)
+        parts = parts_of(family, modules.unet, modules.text_encoders, rates)
+        self._parts = tuple(part for part in parts if part.name in rates)
         self.frozen_parts = tuple(part for part in parts if part.name not in rates)
-        # A plan has no weights to wait for.
-        trained = {part.module for part in self.parts}
-        for module in modules.readers:
-            if module in trained or device.type == "meta":
-                self._read(module)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are adapted, with their weights."""
+        for part in self._parts:
+            self._unread.read(part.module)
+        return self._parts
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The U-Net, with its weights."""
+        self._unread.read(self._unet)
+        return self._unet
 
     @property
     def text_encoders(self) -> tuple[nn.Module, ...]:
         """The text encoders, with their weights; none once they are released."""
         self.read_encoders(images=False, text=True)
         return self._text_encoders
-
-    @text_encoders.setter
-    def text_encoders(self, encoders: tuple[nn.Module, ...]) -> None:
-        """Take others in their place, which have their weights."""
-        self._text_encoders = encoders
 
     @property
     def vae(self) -> AutoencoderKL | None:
@@ -180,25 +171,18 @@ class LoadedLdm:
             UserError: If a file was changed since the start, lacks tensors or holds NaN.
         """
         if images and self._vae is not None:
-            self._read(self._vae)
+            self._unread.read(self._vae)
         for encoder in self._text_encoders if text else ():
-            self._read(encoder)
-
-    def _read(self, module: nn.Module) -> None:
-        """Give a module its weights, unless it has them."""
-        if module in self._unread:
-            self._unread.remove(module)
-            self._readers[module]()
+            self._unread.read(encoder)
 
     def quantize(self, form: WeightFormat, *, denoiser_only: bool) -> None:
-        """Store frozen weights in a format, all but the U-Net's first and last layers."""
-        quantize_layers(self.denoiser, ("down_blocks", "mid_block", "up_blocks"), form)
+        """Store frozen weights in a format, all but the U-Net's first and last layers.
+
+        What is not read yet will be packed as it is read.
+        """
+        quantize_layers(self._unet, ("down_blocks", "mid_block", "up_blocks"), form)
         for encoder in () if denoiser_only else self._text_encoders:
-            act = partial(quantize_layers, encoder, ("",), form)
-            if encoder in self._readers:
-                self._readers[encoder] = self._readers[encoder].then(act, form.name)
-            if encoder not in self._unread:
-                act()
+            quantize_layers(encoder, ("",), form)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""
@@ -270,10 +254,9 @@ class LoadedLdm:
     def image_encoder_identity(self) -> dict[str, str]:
         """Hash the VAE as it is in memory, and its scaling."""
         assert self._vae is not None, "the image encoder was released"
-        reader = self._readers.get(self._vae)
         return {
-            "the VAE": self._hash([self._vae], [str(self.latent_scaling)]),
-            "the VAE's precision": str(reader.dtype if reader else self._vae.dtype),
+            "the VAE": self._unread.hash([self._vae], [str(self.latent_scaling)]),
+            "the VAE's precision": str(self._vae.dtype),
         }
 
     def text_encoders_identity(self) -> dict[str, str]:
@@ -281,29 +264,12 @@ class LoadedLdm:
         assert self._text_encoders, "the text encoders were released"
         tokenizers = [text.identity(tokenizer) for tokenizer in self.tokenizers]
         return {
-            "the text encoders": self._hash(self._text_encoders, []),
+            "the text encoders": self._unread.hash(self._text_encoders, []),
             "the tokenizers": text_hash(tokenizers),
             "max_token_length": str(self.max_tokens),
             "clip_skip": str(self._reading.clip_skip),
             "weighted_captions": str(self._reading.weighted),
         }
-
-    def _hash(self, modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
-        """Hash modules as they are in memory, or as they would be: see :func:`weights_hash`."""
-        readers = [self._readers[module] for module in modules if module in self._readers]
-
-        def compute() -> str:
-            for module in modules:
-                self._read(module)
-            return weights_hash(modules, settings)
-
-        if len(readers) < len(modules):
-            return compute()
-        versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers")]
-        forms = [f"{reader.dtype} {reader.stored}" for reader in readers]
-        files = [file for reader in readers for file in reader.files]
-        of = ["weights", __version__, *versions, *forms, *settings]
-        return remembered(files, of, compute)
 
     def predict(self, noisy: Tensor, timesteps: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Predict noise or velocity, fp32 like the latents' shape [B, 4, h, w]."""
@@ -366,19 +332,13 @@ class LoadedLdm:
         """
         from sdxl_train.ldm.files.merging import merge_into
 
-        merge_into(
-            (*self.parts, *self.frozen_parts), networks, self.family, self._prepare_to_change
-        )
+        parts = (*self._parts, *self.frozen_parts)
+        merge_into(parts, networks, self.family, self._unread.read_to_change)
         if self._device.type != "meta":
             self._merged = [
                 {"name": path.name, "sha256": full_hash(path), "multiplier": multiplier}
                 for path, multiplier in networks
             ]
-
-    def _prepare_to_change(self, module: nn.Module) -> None:
-        """Read a module whose weights will be others than those of its files."""
-        self._read(module)
-        self._readers.pop(module, None)
 
     def diffusers_network(
         self, tensors: Mapping[str, Tensor]
@@ -402,27 +362,21 @@ class LoadedLdm:
     def release_image_encoder(self) -> None:
         """Free the VAE; a sampler that was made before keeps it in main memory."""
         released, self._vae = self._vae, None
-        if released is not None and self._forget([released]):
+        if released is not None and self._unread.forget([released]):
             released.to("cpu")
             del released
             self._free_memory()
 
     def release_text_encoders(self) -> None:
         """Free the text encoders, which must not be adapted."""
-        assert all(part.group != TEXT_GROUP for part in self.parts), "text encoders are in training"
+        assert all(part.group != TEXT_GROUP for part in self._parts), (
+            "text encoders are in training"
+        )
         released, self._text_encoders = self._text_encoders, ()
         self.frozen_parts = tuple(p for p in self.frozen_parts if p.group != TEXT_GROUP)
-        if self._forget(released):
+        if self._unread.forget(released):
             del released
             self._free_memory()
-
-    def _forget(self, modules: Sequence[nn.Module]) -> bool:
-        """Forget how modules are read; tell whether any of them was."""
-        were_read = any(module not in self._unread for module in modules)
-        for module in modules:
-            self._unread.discard(module)
-            self._readers.pop(module, None)
-        return were_read
 
     def _free_memory(self) -> None:
         gc.collect()
@@ -459,50 +413,3 @@ class LoadedLdm:
 
 def _file_hash(path: Path) -> str:
     return remembered([path], ["sha256"], partial(full_hash, path))
-
-
-def _parts(family: Family, modules: Modules, rates: Mapping[str, float | None]) -> tuple[Part, ...]:
-    """Describe every part that a network could adapt."""
-    ldm_names = configs.layout_of(modules.unet.config).blocks()
-    paths = {path: names.unet_to_sgm(path, ldm_names) for path in _layers(modules.unet)}
-    blocks: dict[str, list[str]] = {block: [] for block in family.blocks}
-    for path, name in paths.items():
-        if block := family.block_of(name):
-            blocks[block].append(path)
-    unet = Part(
-        name="unet",
-        title="U-Net",
-        group=UNET_GROUP,
-        prefix="lora_unet",
-        module=modules.unet,
-        lr=rates.get("unet"),
-        file_names={
-            path: _underscored(name if family.unet_naming == "ldm" else path)
-            for path, name in paths.items()
-        },
-        blocks=blocks,
-    )
-    encoders = zip(family.text_encoders, modules.text_encoders, strict=True)
-    return (unet, *(_text_part(form, encoder, rates) for form, encoder in encoders))
-
-
-def _text_part(form: ClipEncoder, encoder: nn.Module, rates: Mapping[str, float | None]) -> Part:
-    return Part(
-        name=form.name,
-        title=form.title,
-        group=TEXT_GROUP,
-        prefix=form.files["kohya"].removesuffix("_"),
-        module=encoder,
-        lr=rates.get(form.name),
-        file_names={path: _underscored(names.clip_path(path)) for path in _layers(encoder)},
-    )
-
-
-def _layers(module: nn.Module) -> list[str]:
-    """List the paths of the layers that a network can adapt."""
-    kinds = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
-    return [path for path, layer in module.named_modules() if isinstance(layer, kinds)]
-
-
-def _underscored(name: str) -> str:
-    return name.replace(".", "_")

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from sdxl_train.errors import Problem, UserError
-from sdxl_train.finite import is_finite
 from sdxl_train.ldm import folder as folders
 from sdxl_train.ldm import hub
 from sdxl_train.ldm.attention import set_attention
 from sdxl_train.ldm.channels_last import use_channels_last
 from sdxl_train.ldm.checkpoint import Checkpoint
 from sdxl_train.ldm.compiling import compile_blocks
-from sdxl_train.ldm.headers import counted
 from sdxl_train.ldm.loaded import Computing, LoadedLdm, Modules, Origins
 from sdxl_train.ldm.prediction import Said, said_by
 from sdxl_train.ldm.recomputing import recompute_encoder, recompute_unet
@@ -62,8 +60,6 @@ def load(options: LdmModel, device: torch.device, dtype: torch.dtype) -> LoadedL
         modules, scaling = _load_file(options, base, vae_source, device, dtype)
     else:
         modules, scaling = _load_folder(options, base, vae_source, device, dtype)
-    if device.type != "meta":
-        _require_finite(options, modules)
     origins = Origins(
         model=base.path if base.kind == "file" else None,
         model_name=_public_name(base),
@@ -204,11 +200,11 @@ def _load_folder(
     attention = text_attention(options)
     modules = _modules(
         options,
-        folders.load_unet(base.path, device, dtype),
+        folders.unread_unet(base.path, family, device, dtype),
         folders.unread_text_encoders(base.path, family, device, dtype, attention),
         _vae(options, vae_source, device)
         if vae_source
-        else folders.unread_vae(base.path / "vae", device, _vae_dtype(options)),
+        else folders.unread_vae(base.path / "vae", family, device, _vae_dtype(options)),
         base=base.path,
     )
     # The U-Net was trained on latents of this scale, whichever VAE makes them now.
@@ -218,63 +214,32 @@ def _load_folder(
 
 def _modules(
     options: LdmModel,
-    unet: UNet2DConditionModel,
-    text_encoders: Sequence[tuple[nn.Module, Reader]],
-    vae: tuple[AutoencoderKL, Reader],
+    unet: tuple[UNet2DConditionModel, Reader | None],
+    text_encoders: Sequence[tuple[nn.Module, Reader | None]],
+    vae: tuple[AutoencoderKL, Reader | None],
     *,
     base: Path | None,
 ) -> Modules:
-    """Put a model together of a U-Net and what is not read yet; its tokenizers from a folder."""
+    """Put a model together of parts that are not read yet; its tokenizers from a folder."""
     return Modules(
-        unet=unet,
+        unet=unet[0],
         text_encoders=tuple(encoder for encoder, _ in text_encoders),
         vae=vae[0],
         tokenizers=load_tokenizers(options.family.text_encoders, base, options.tokenizer_cache_dir),
-        readers=dict([*text_encoders, vae]),
+        readers={part: read for part, read in (unet, *text_encoders, vae) if read is not None},
     )
 
 
-def _vae(options: LdmModel, source: Source, device: torch.device) -> tuple[AutoencoderKL, Reader]:
+def _vae(
+    options: LdmModel, source: Source, device: torch.device
+) -> tuple[AutoencoderKL, Reader | None]:
     assert source.path is not None
     dtype = _vae_dtype(options)
     if source.kind == "file":
         return Checkpoint(source.path, options.family, device).vae(dtype)
     folder = vae_folder(source.path)
     assert folder is not None
-    return folders.unread_vae(folder, device, dtype)
-
-
-def _require_finite(options: LdmModel, modules: Modules) -> None:
-    """Refuse weights that nothing can be trained on: every image would give NaN.
-
-    Raises:
-        UserError: With the number of tensors, and the first names; now or when a part is read.
-    """
-    forms = options.family.text_encoders
-    titled: dict[str, nn.Module] = {
-        "U-Net": modules.unet,
-        **{
-            form.short_title: encoder
-            for form, encoder in zip(forms, modules.text_encoders, strict=True)
-        },
-        "VAE": modules.vae,
-    }
-    for title, module in titled.items():
-        modules.once_read(module, partial(_require_finite_part, options, title, module))
-
-
-def _require_finite_part(options: LdmModel, title: str, module: nn.Module) -> None:
-    bad = {
-        f"{title} {name}": str(tensor.dtype).removeprefix("torch.")
-        for name, tensor in module.state_dict().items()
-        if not is_finite(tensor)
-    }
-    if bad:
-        raise UserError.of(
-            options.pretrained_model_name_or_path,
-            f"its weights are not finite as {next(iter(bad.values()))}, in {counted(list(bad))}",
-            "download it again, or use another model; large values need --mixed_precision bf16",
-        )
+    return folders.unread_vae(folder, options.family, device, dtype)
 
 
 def _prepare(options: LdmModel, modules: Modules, trained: Collection[str]) -> None:

@@ -97,12 +97,21 @@ def vae_folder(folder: Path) -> Path | None:
     return folder if is_vae else None
 
 
-def variant_of(folder: Path, stem: str) -> str | None:
-    """Give the variant of the weights in a part's folder: None if plain, else ``fp16``."""
-    plain = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
-    if any((folder / name).is_file() for name in plain):
-        return None
-    return "fp16" if any(folder.glob(f"{stem}*fp16*")) else None
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """Give the files of a part's weights: plain ones, else those of the variant ``fp16``.
+
+    Raises:
+        BadFileError: If there is an index of them, and it is broken.
+    """
+    for variant in ("", ".fp16"):
+        if (file := folder / f"{stem}{variant}.safetensors").is_file():
+            return [file]
+        if (index := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+            homes = read_json(index).get("weight_map")
+            if not isinstance(homes, dict) or not homes:
+                raise BadFileError(f"{index.name} names no files of weights", "download it again")
+            return [folder / Path(str(name)).name for name in sorted(set(homes.values()))]
+    return []
 
 
 def _absence(source: Source) -> Iterator[Fault]:
@@ -206,7 +215,7 @@ def _as_model(kind: str) -> str:
 
 def _weights_faults(folder: Path, title: str, stem: str) -> Iterator[Fault]:
     """Yield what is wrong with the weight files of one part, told from their headers."""
-    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    files = weight_files(folder, stem)
     if not files:
         pickled = next(folder.glob("*.bin"), None)
         where = f"{folder.parent.name}/{folder.name}"

@@ -81,7 +81,7 @@ def write_tiny(
 
 def tiny_parts(family: Family, shape: TinyShape) -> BareParts:
     """Give the parts of a tiny model on the meta device."""
-    with without_weights():
+    with without_weights(torch.float32):
         unet = UNet2DConditionModel(**_unet_config(family, shape))
         encoders = tuple(
             (CLIPTextModelWithProjection if form.projects else CLIPTextModel)(

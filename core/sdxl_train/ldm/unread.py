@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from sdxl_train._version import __version__
 from sdxl_train.data.file_facts import stamp_of
 from sdxl_train.data.scan_index import is_settled, user_cache
 from sdxl_train.errors import UserError
 from sdxl_train.files import replace_file
-from sdxl_train.ldm.hashes import text_hash
+from sdxl_train.ldm.hashes import text_hash, weights_hash
+from sdxl_train.quantized import formats_of
 from sdxl_train.rng import global_generators_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import torch
+    from torch import nn
 
     from sdxl_train.data.file_facts import Stamp
 
@@ -34,26 +37,13 @@ class Reader:
 
     Attributes:
         files: Where they are.
-        dtype: What they become.
-        read: Reads them into the module.
+        read: Reads them into the module, which stores them as it is set up to.
         stamps: The state of the files when the module was made.
-        stored: How the weights are kept, if not as they were read.
     """
 
     files: tuple[Path, ...]
-    dtype: torch.dtype
     read: Callable[[], None]
     stamps: tuple[Stamp, ...]
-    stored: str = ""
-
-    def then(self, act: Callable[[], None], stored: str = "") -> Reader:
-        """Do something with the weights, once they are read."""
-
-        def read() -> None:
-            self.read()
-            act()
-
-        return replace(self, read=read, stored=self.stored + stored)
 
     def __call__(self) -> None:
         """Read the weights.
@@ -70,6 +60,63 @@ class Reader:
                 raise UserError.of(
                     str(file), "was changed while the run began to use it", "start the run again"
                 )
+
+
+class UnreadParts:
+    """Those parts of a model that want their weights still, and how each gets them.
+
+    Args:
+        readers: By module; a module that is not among them has its weights.
+    """
+
+    def __init__(self, readers: Mapping[nn.Module, Reader]) -> None:
+        self._readers = dict(readers)
+        self._unread = set(readers)
+
+    def read(self, module: nn.Module) -> None:
+        """Give a module its weights, unless it has them.
+
+        Raises:
+            UserError: If a file was changed since the start, lacks tensors or holds NaN.
+        """
+        if module in self._unread:
+            self._unread.remove(module)
+            self._readers[module]()
+
+    def read_to_change(self, module: nn.Module) -> None:
+        """Read a module whose weights will be others than those of its files."""
+        self.read(module)
+        self._readers.pop(module, None)
+
+    def forget(self, modules: Sequence[nn.Module]) -> bool:
+        """Forget how modules are read; tell whether any of them was."""
+        were_read = any(module not in self._unread for module in modules)
+        for module in modules:
+            self._unread.discard(module)
+            self._readers.pop(module, None)
+        return were_read
+
+    def hash(self, modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
+        """Hash modules as they are in memory, or as they would be: see :func:`weights_hash`."""
+        readers = [self._readers[module] for module in modules if module in self._readers]
+
+        def compute() -> str:
+            for module in modules:
+                self.read(module)
+            return weights_hash(modules, settings)
+
+        if len(readers) < len(modules):
+            return compute()
+        versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers")]
+        forms = [_form(module) for module in modules]
+        files = [file for reader in readers for file in reader.files]
+        return remembered(files, ["weights", __version__, *versions, *forms, *settings], compute)
+
+
+def _form(module: nn.Module) -> str:
+    """Say how a module stores its weights, whether it has them or not."""
+    dtypes = sorted({str(parameter.dtype) for parameter in module.parameters()})
+    return " ".join([*dtypes, formats_of(module)])
 
 
 def stamps_of(files: Sequence[Path]) -> tuple[Stamp, ...]:

@@ -13,6 +13,7 @@ from sdxl_train.errors import Problem, UserError
 from sdxl_train.ldm.files.deltas import bias_delta, delta
 from sdxl_train.ldm.files.opening import open_network
 from sdxl_train.ldm.headers import counted
+from sdxl_train.quantized import set_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -142,19 +143,10 @@ def _merge(layer: nn.Module, summands: Sequence[Summand]) -> None:
         total = untouched.clone()
         for one in summands:
             one.add_to(total, name, untouched)
-        _set(layer, name, total)
+        set_weight(layer, name, total.to(_parameter(layer, name)))
 
 
 def _parameter(layer: nn.Module, name: str) -> Tensor:
     tensor = getattr(layer, name)
     assert isinstance(tensor, torch.Tensor)
     return tensor
-
-
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    before = _parameter(layer, name)
-    if isinstance(before, nn.Parameter):
-        before.copy_(value)
-    else:
-        # Weights that are stored in another form are made anew when they are read.
-        setattr(layer, name, value.to(before))

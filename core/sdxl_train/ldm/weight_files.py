@@ -1,0 +1,125 @@
+"""Files of weights, of which each tensor is read when it is its turn."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load as load_tensors
+
+from sdxl_train.errors import UserError
+from sdxl_train.ldm.headers import PICKLED, counted
+from sdxl_train.ldm.unfilled import fill
+from sdxl_train.ldm.unread import Reader, stamps_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from sdxl_train.ldm.headers import Header
+    from sdxl_train.ldm.origins import Origin
+
+_PIECE = 1 << 27
+"""Numbers that are read between two openings of a file."""
+
+
+class WeightFiles:
+    """Files that together hold parts of a model.
+
+    Args:
+        headers: Of the files.
+        place: Where they come from, for people.
+        remedy: What to do if they hold other parts than they should.
+        mapped: Read tensor by tensor from the mapped file; else a whole file into memory first.
+    """
+
+    def __init__(
+        self, headers: Sequence[Header], *, place: str, remedy: str, mapped: bool = True
+    ) -> None:
+        self.shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
+        self._homes = {name: header.path for header in headers for name in header.shapes}
+        self._files = tuple(header.path for header in headers)
+        self._stamps = stamps_of(self._files)
+        self._place = place
+        self._remedy = remedy
+        self._mapped = mapped
+
+    def reader(
+        self,
+        module: nn.Module,
+        origins: Mapping[str, Origin],
+        device: torch.device,
+        title: str,
+    ) -> Reader | None:
+        """Give what reads a part that has shapes only; None on the meta device, where it stays so.
+
+        Args:
+            module: The part.
+            origins: Where each of its parameters is, by its path.
+            device: Where the part goes.
+            title: What it is called.
+
+        Raises:
+            UserError: If tensors are missing or of another shape.
+        """
+        self._check(module, origins, title)
+        if device.type == "meta":
+            return None
+
+        def read() -> None:
+            fill(module, self._tensors(origins), device, title=title, place=self._place)
+
+        return Reader(files=self._files, stamps=self._stamps, read=read)
+
+    def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's values as they are stored, as a view of the file if it can be."""
+        for file in self._files:
+            here = {path: o for path, o in origins.items() if self._homes[o.name] == file}
+            is_pickled = file.suffix.lower() in PICKLED
+            if is_pickled or not self._mapped:
+                tensors = _unpickled(file) if is_pickled else load_tensors(file.read_bytes())
+                for path, origin in here.items():
+                    yield path, origin.take(tensors[origin.name])
+                continue
+            for some in self._in_pieces(here):
+                # A file that is mapped anew gives back the pages of the tensors that were copied.
+                with safe_open(file, framework="pt") as opened:
+                    for path, origin in some.items():
+                        yield path, origin.take(opened.get_tensor(origin.name))
+
+    def _in_pieces(self, origins: Mapping[str, Origin]) -> Iterator[dict[str, Origin]]:
+        """Give the parameters in pieces of not much more than a quarter of a gigabyte."""
+        piece: dict[str, Origin] = {}
+        numbers = 0
+        for path, origin in origins.items():
+            piece[path] = origin
+            numbers += prod(self.shapes[origin.name])
+            if numbers > _PIECE:
+                yield piece
+                piece, numbers = {}, 0
+        yield piece
+
+    def _check(self, module: nn.Module, origins: Mapping[str, Origin], title: str) -> None:
+        """Raise UserError for tensors that are missing or of another shape."""
+        if missing := sorted({origin.name for origin in origins.values()} - self.shapes.keys()):
+            text = f"the {title} lacks {counted(missing)}"
+            raise UserError.of(self._place, text, "use a complete model, or download it again")
+        wanted = module.state_dict()
+        wrong = []
+        for path, origin in origins.items():
+            stored = torch.empty(self.shapes[origin.name], device="meta")
+            if origin.take(stored).shape != wanted[path].shape:
+                wrong.append(origin.name)
+        if wrong:
+            text = f"the {title} has shapes that do not fit in {counted(wrong)}"
+            raise UserError.of(self._place, text, self._remedy)
+
+
+def _unpickled(file: Path) -> Mapping[str, Tensor]:
+    from sdxl_train.ldm.pickled import read_tensors
+
+    return read_tensors(file)

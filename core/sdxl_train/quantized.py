@@ -99,8 +99,10 @@ class _QuantizedLayer(nn.Module):
     def weight(self, weight: Tensor) -> None:
         """Store a weight of the layer's shape."""
         for index, tensor in enumerate(self.form.pack(weight.detach())):
+            # Where packing had its intermediates: beside them it would keep holes in the heap.
+            moved = tensor.clone()
             # A parameter, so that it counts and moves with the layer.
-            self.register_parameter(f"packed_{index}", nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(f"packed_{index}", nn.Parameter(moved, requires_grad=False))
 
 
 class QuantizedLinear(_QuantizedLayer, nn.Linear):

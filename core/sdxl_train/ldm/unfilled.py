@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from sdxl_train.errors import UserError
 from sdxl_train.finite import is_finite
 from sdxl_train.ldm.headers import counted
-from sdxl_train.quantized import set_weight
+from sdxl_train.quantized import formats_of, set_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -71,6 +71,7 @@ def fill(
         UserError: If there are values that are not finite, with which every image would give NaN.
     """
     bad: dict[str, str] = {}
+    is_packed = bool(formats_of(module))
     for path, stored in tensors:
         layer, _, name = path.rpartition(".")
         owner = module.get_submodule(layer)
@@ -78,7 +79,8 @@ def fill(
         values = stored.to(device, shape.dtype)
         if not is_finite(values):
             bad[f"{title} {path}"] = str(shape.dtype).removeprefix("torch.")
-        if values.stride() != shape.stride():
+        if values.stride() != shape.stride() or (is_packed and name in owner._parameters):
+            # Also of what a packed module does not pack: a view would keep the file in memory.
             values = torch.empty_like(shape, device=device).copy_(values)
         set_weight(owner, name, values)
     if bad:

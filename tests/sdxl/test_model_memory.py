@@ -281,15 +281,15 @@ def test_blocks_are_compiled_for_more_shapes_than_torch_would(
     tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[dict[str, Any]] = []
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(
         "diffusers.UNet2DConditionModel.compile_repeated_blocks",
         lambda unet, **options: compiled.append(options),
     )
-    load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_use_dynamic=True)
-    assert torch._dynamo.config.recompile_limit == 8
-    load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_mode="max-autotune-no-cudagraphs")
-    assert torch._dynamo.config.recompile_limit == 256
+    with torch._dynamo.config.patch(recompile_limit=8):
+        load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_use_dynamic=True)
+        assert torch._dynamo.config.recompile_limit == 8
+        load_sdxl(tiny_file, "meta", torch_compile=True, dynamo_mode="max-autotune-no-cudagraphs")
+        assert torch._dynamo.config.recompile_limit == 256
     assert compiled == [
         {"backend": "inductor", "mode": None, "dynamic": True},
         {"backend": "inductor", "mode": "max-autotune-no-cudagraphs", "dynamic": False},

@@ -5,7 +5,9 @@ The numbers are those of docs/bad-inputs.md.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +18,7 @@ import torch
 from sdxl_train import UserError
 from sdxl_train.cli import main
 from sdxl_train.rules import LONGEST_NAME
+from tests.end_to_end.conftest import as_flags
 
 if TYPE_CHECKING:
     from tests.end_to_end.conftest import MakeOptions, Planned, TrainLora
@@ -193,6 +196,28 @@ def test_names_of_images_may_be_no_utf8_and_those_of_folders_are_told_119(
     code, text = planned(["--train_data_dir", str(folder.parent)])
     assert code == 2
     assert "'1_caf\\udce9' is not readable as text" in text
+
+
+def test_json_of_a_plan_shows_names_as_escapes(
+    options: MakeOptions,
+    photographs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """They may steer a terminal, turn its text around, or be no UTF-8."""
+    folder = tmp_path / "data" / "1_coffee"
+    folder.mkdir(parents=True)
+    shutil.copy(photographs / "2_photo" / "coffee.png", folder)
+    names = {"a\x1b]0;title\x07\u202egnp.doc", os.fsdecode(b"caf\xe9.doc"), "\x9b猫.doc"}
+    for name in names:
+        (folder / name).touch()
+    words = as_flags(options(train_data_dir=str(folder.parent), plugin=None))
+    assert main(["plan", *words, "--json"]) == 0
+    text = capsys.readouterr().out
+    assert text.replace("\n", "").isprintable()
+    assert text.isascii()
+    skipped = json.loads(text)["dataset"]["skipped"]
+    assert {Path(item["path"]).name for item in skipped} == names
 
 
 def test_everything_wrong_is_told_at_once_and_quickly(

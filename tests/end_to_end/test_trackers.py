@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -294,6 +295,32 @@ def test_steps_are_read_from_the_device_ten_at_a_time(monkeypatch: pytest.Monkey
     assert transfers == [60, 60, 30]
     assert [row.loss for row in history.since(0)] == [float(n) for n in range(1, 26)]
     assert next(history.since(24)).average_loss == (22 + 23 + 24 + 25) / 4
+
+
+def test_a_step_costs_the_same_after_many_steps() -> None:
+    """No step copies, or makes anew, what all steps before it have left."""
+
+    def most_bytes(before: int) -> int:
+        history = History(["a", "b"], steps_per_epoch=4)
+        history.load_state_dict({**begun, "columns": {n: [1.0] * before for n in columns}})
+        for number in range(10):  # after which its columns have room for more
+            history.add(step_of(before + number), 0.5)
+        tracemalloc.start()
+        for number in range(10, 30):
+            history.add(step_of(before + number), 0.5)
+            newest = history.newest()
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert newest is not None
+        assert len(history) == before + 30
+        return most
+
+    history = History(["a", "b"], steps_per_epoch=4)
+    history.add(step_of(1), 0.5)
+    begun = history.state_dict()
+    columns = begun["columns"]
+    assert len(columns) > 5
+    assert most_bytes(20_000) - most_bytes(1000) < 20_000  # an eighth of one column of numbers
 
 
 def step_of(number: int) -> StepResult:

@@ -54,7 +54,7 @@ def run(invocation: Invocation) -> int:
             print(json.dumps({"errors": [str(problem) for problem in error.problems]}, indent=2))
         raise
     if as_json:
-        print(json.dumps(plan.as_json(), indent=2, ensure_ascii=False))
+        print(json.dumps(plan.as_json(), indent=2))
         return 0
     warn([*invocation.notices, *plan.warnings])
     print_plan(plan)

@@ -39,7 +39,7 @@ def run(invocation: Invocation) -> int:
     host = invocation.host
     rows = [_describe(host, plugin) for plugin in _selected(host, invocation.words)]
     if as_json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps(rows, indent=2))
     else:
         for row in rows:
             _print_row(row)

@@ -14,15 +14,20 @@ from pathlib import PurePath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
+from sdxl_train.data.metadata import dataset_metadata
 from sdxl_train.document import SCHEMA_VERSION, command, software
+from sdxl_train.resume import batch_sizes
+from sdxl_train.rng import derive_seed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
 
+    from sdxl_train.built import Built
     from sdxl_train.config import RunConfig
     from sdxl_train.counts import StepCounts
+    from sdxl_train.preflight import Prepared
 
 MINIMAL_KEYS = (
     "ss_v2",
@@ -162,6 +167,39 @@ class RunRecord:
             },
             "metadata": dict(self.described),
         }
+
+
+def make_record(prepared: Prepared, built: Built, *, main: bool) -> RunRecord:
+    """Record what a run is, as it begins.
+
+    Args:
+        prepared: The run.
+        built: What it trains with.
+        main: Whether this process writes files; the others need not describe what goes into them.
+    """
+    config, model = prepared.config, built.model
+    return RunRecord(
+        config=config,
+        counts=prepared.counts,
+        seed=prepared.seed,
+        session=derive_seed(time.time_ns(), "session") % 2**32,
+        started=time.time(),
+        optimizer=describe_optimizer(built.update.bare, config),
+        num_timesteps=model.schedule.num_timesteps,
+        described=_described(prepared, built) if main else {},
+    )
+
+
+def _described(prepared: Prepared, built: Built) -> dict[str, str]:
+    config, scan = prepared.config, prepared.scan
+    samples = max(batch_sizes(scan)) * prepared.processes  # of a batch, at most
+    return {
+        "ss_total_batch_size": str(samples * config.training.gradient_accumulation_steps),
+        "modelspec.resolution": "{}x{}".format(*scan.largest_resolution),
+        **dataset_metadata(scan, config.dataset),
+        **built.model.metadata(),
+        **built.assembly.adapter.metadata(),
+    }
 
 
 _RATES = ("learning_rate", "unet_lr", "text_encoder_lr")

@@ -27,17 +27,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    import torch
     from torch import Tensor
-    from torch.optim.lr_scheduler import LRScheduler
 
-    from sdxl_train.assembly import Assembly
+    from sdxl_train.built import Built
     from sdxl_train.counts import SavePoint
-    from sdxl_train.evaluation import Evaluation
     from sdxl_train.preflight import Prepared
     from sdxl_train.record import RunRecord
     from sdxl_train.resume import ResumePoint
-    from sdxl_train.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +43,8 @@ class Saver:
 
     Args:
         prepared: The run.
-        assembly: What it trains.
+        built: What it trains with.
         record: Gives the metadata of networks.
-        evaluation: Gives the weights that the optimizer hands out.
-        update: Has the optimizer.
-        scheduler: Its schedule.
-        scaler: The gradient scaler, if there is one.
         watched: Gives what a state holds beside, of what was seen so far.
         average: Gives the average of the weights after a step, if one is kept.
 
@@ -66,25 +58,21 @@ class Saver:
     def __init__(
         self,
         prepared: Prepared,
-        assembly: Assembly,
+        built: Built,
         record: RunRecord,
-        evaluation: Evaluation,
         *,
-        update: Update,
-        scheduler: LRScheduler,
-        scaler: torch.amp.GradScaler | None,
         watched: Callable[[], Mapping[str, Mapping[str, Any]]],
         average: Callable[[int], Sequence[Tensor] | None],
     ) -> None:
         self.prepared = prepared
         self.output = prepared.config.output
-        self.assembly = assembly
+        self.assembly = built.assembly
         self.record = record
-        self.evaluation = evaluation
-        self.update = update
-        self.optimizer = update.bare
-        self.scheduler = scheduler
-        self.scaler = scaler
+        self.evaluation = built.evaluation
+        self.update = built.update
+        self.optimizer = built.update.bare
+        self.scheduler = built.scheduler
+        self.scaler = built.accelerator.scaler
         self.watched = watched
         self.average = average
         self.files: list[Path] = []

@@ -47,6 +47,12 @@ class Scan:
     """Files with the same content, in groups."""
     index: ScanIndex
 
+    @property
+    def largest_resolution(self) -> tuple[int, int]:
+        """The (width, height) of most pixels that images are trained at."""
+        resolutions = [dataset.config.resolution for dataset in self.datasets]
+        return max(resolutions, key=lambda size: size[0] * size[1])
+
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file
 
 from sdxl_train.state import complete_states
+from tests.end_to_end.conftest import begin_forked
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
@@ -23,11 +24,9 @@ STEPS = 60
 
 def _train(options: dict[str, Any]) -> None:
     """Train in a process of its own, as the command does."""
-    import torch
-
     import sdxl_train
 
-    torch.set_num_threads(1)
+    begin_forked()
     sdxl_train.train(options)
 
 

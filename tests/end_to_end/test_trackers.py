@@ -261,13 +261,14 @@ def test_a_secret_is_written_to_no_options_file(options: MakeOptions, tmp_path: 
 
 
 def test_logging_reads_no_more_numbers_off_the_device(
-    train_lora: TrainLora, tmp_path: Path
+    train_lora: TrainLora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Count the operation behind item() and bool(), which waits for the device."""
+    monkeypatch.setattr("sdxl_train.history.READ_EVERY", 2)
 
     def reads(**changes: Any) -> int:
         with CountReads() as count:
-            train_lora(plugin=None, max_train_steps=12, **changes)
+            train_lora(plugin=None, max_train_steps=3, **changes)
         return int(count.reads)
 
     logged = reads(logging_dir=str(tmp_path))

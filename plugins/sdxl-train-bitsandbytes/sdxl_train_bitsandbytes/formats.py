@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _BLOCK: Final = 64
 """Weights that share a scale."""
 _LARGEST: Final = 127.0
+_PIECE: Final = 1 << 20
+"""Weights that are packed at a time."""
 
 
 class FourBits:
@@ -57,9 +59,17 @@ class Int8Format:
     name: str = "int8"
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Store a weight."""
-        rows = weight.reshape(len(weight), -1).half()  # the one type that GPUs take
-        stored, largest, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(rows)
+        """Store a weight, some rows at a time: the intermediates take ten times its bytes."""
+        rows = weight.reshape(len(weight), -1)
+        stored = torch.empty_like(rows, dtype=torch.int8)
+        largest = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
+        num_rows = max(1, _PIECE // rows.shape[1])
+        pieces = (tensor.split(num_rows) for tensor in (rows, stored, largest))
+        for some, stored_here, largest_here in zip(*pieces, strict=True):
+            # fp16 is the one type that GPUs take.
+            packed, most, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(some.half())
+            stored_here.copy_(packed)
+            largest_here.copy_(most)
         return stored, largest
 
     def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:

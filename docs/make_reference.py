@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,8 @@ def _described(name: str, value: Any) -> Iterator[str]:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if inspect.isfunction(function) and not attribute.startswith("_"):
             yield f"    {name}.{attribute}{_signature(function)}"
+        if isinstance(member, (property, cached_property)) and not attribute.startswith("_"):
+            yield f"    {name}.{attribute}"
     annotations = inspect.get_annotations(value)
     known = set(fields or ()) | {
         field.name

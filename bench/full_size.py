@@ -70,7 +70,7 @@ def main() -> None:
 def prepare(folder: Path, size: str, resolution: int) -> tuple[Path, Path]:
     """Give a model file and a folder of data, made where they are not there yet."""
     model = folder / f"{size}.safetensors"
-    data = folder / f"data-{resolution}" / "1_made-up"
+    data = folder / f"data-{resolution}" / "4_made-up"
     data.mkdir(parents=True, exist_ok=True)
     if not model.exists():
         subprocess.run([sys.executable, "-c", MAKE, size, str(model)], check=True)

@@ -400,6 +400,8 @@ class Observer(Component):
     everywhere: ClassVar[bool] = False
     """Built and told in every process, to share its work out (``run.share_out``); other observers
     live in the main process only. It must do the same everywhere but for what it writes."""
+    averages: ClassVar[bool] = False
+    """What it builds is a :class:`.WeightAverage`, as large as the trained weights in fp32."""
 
     def sample_steps(self, counts: StepCounts) -> Sequence[int]:
         """Give the steps after which this observer samples pictures, for the plan.

@@ -11,13 +11,13 @@ import platform
 import statistics
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxl_train._version import __version__
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-    from pathlib import Path
 
     import torch
 
@@ -114,12 +114,34 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
     if device.type == "cuda":
         return {"of": "GPU", "peak_bytes": torch.cuda.max_memory_allocated(device)}
+    return {"of": "process", "peak_bytes": _peak_of_process()}
+
+
+def _peak_of_process() -> int | None:
+    if (told := _status().get("VmHWM")) is not None:
+        return told
     if sys.platform == "win32":
-        return {"of": "process", "peak_bytes": None}
+        return None
     import resource
 
+    # Linux's has the peak of the process in it that started this one, which may be a large one.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"of": "process", "peak_bytes": peak * (1 if sys.platform == "darwin" else 1024)}
+    return peak * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_now() -> int:
+    """Give the bytes that this process has in main memory; at most, where only that is known."""
+    return _status().get("VmRSS") or _peak_of_process() or 0
+
+
+def _status() -> dict[str, int]:
+    """Give the bytes that Linux tells of this process, by their names; nothing elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return {}
+    told = (line.split() for line in lines if line.endswith(" kB"))
+    return {name.rstrip(":"): int(number) * 1024 for name, number, _ in told}
 
 
 def speed(history: History) -> dict[str, Any]:

@@ -1,75 +1,132 @@
 """How much memory a run will need at most, told before any weight is read.
 
-What a step keeps for its backward pass is found by a step on fake tensors, which have shapes, types
-and storages but no data: so every option has the effect that it has in the run.
+A run goes through phases that hold different things: it encodes images and captions where its
+caches lack them, then it steps. The peak of memory is that of one of them.
 """
 
 from __future__ import annotations
 
+import gc
 import os
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Final
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdxl_train.assembly import WEIGHT_DTYPES
-from sdxl_train.document import peak_memory
+from sdxl_train.document import memory_now
+from sdxl_train.protocols import HasImageEncoder, UnreadEncoders
+from sdxl_train.ranks import ALONE
+from sdxl_train.rehearsal import Rehearsal
+from sdxl_train.supply import Supply
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from torch import Tensor, nn
-
     from sdxl_train.assembly import Assembly
     from sdxl_train.config import RunConfig
+    from sdxl_train.data.buckets import Size
     from sdxl_train.preflight import Prepared
+    from sdxl_train.supply import Unmade
+
+PHASES: Final = {
+    "latents_peak_bytes": "while latents are cached",
+    "captions_peak_bytes": "while text encoder outputs are cached",
+    "encoding_peak_bytes": "while a batch is encoded",
+    "passes_peak_bytes": "in the forward and backward pass",
+    "update_peak_bytes": "while the optimizer steps",
+}
+"""The phases of a run, by the names that a plan has for their peaks."""
 
 
 def foretell(prepared: Prepared, assembly: Assembly, certain: Mapping[str, int]) -> dict[str, int]:
-    """Give what comes on top of the bytes that are certain, and the peak of all.
+    """Give what comes on top of the bytes that are certain, and the peak of each phase and of all.
 
-    The peak is that of filling caches, when an encoder is there beside the denoiser, or that of a
-    step of the largest bucket. Not in it: what an operation holds for a moment, and what caching
-    images takes.
+    Not in it: what an operation takes inside of its kernel.
 
     Args:
         prepared: The run.
         assembly: On the meta device. Afterwards its tensors are fake.
         certain: Bytes by name, as in a plan.
     """
-    config, device = prepared.config, prepared.config.device()
-    # This process has imported what the run imports.
-    process = peak_memory(torch.device("cpu"))["peak_bytes"] or 0
-    base = process if device.type == "cpu" else 0
-    encoder = assembly.model.sampler().decoder_bytes
-    parameters = sum(parameter.numel() for parameter in assembly.parameters)
-    optimizer = 2 * parameters * torch.float32.itemsize  # as Adam's kin keep
-    activations = _activation_bytes(prepared, assembly, device)
-    cached = [
-        size
-        for size, is_cached in (
-            (encoder, config.dataset.caches_latents),
-            (certain["text_encoder_bytes"], config.dataset.caches_text),
-        )
-        if is_cached
-    ]
-    stays = (
-        certain["denoiser_bytes"]
-        + certain["network_bytes"]
-        + encoder
-        + certain["text_encoder_bytes"]
-        - sum(cached)
-    )
-    # What fills a cache is there for that time only, one after the other.
-    caching = stays + max(cached, default=0)
-    step = stays + certain["gradient_bytes"] + optimizer + activations
+    config, device, model = prepared.config, prepared.config.device(), assembly.model
+    data, on_cpu = config.dataset, device.type == "cpu"
+    gc.collect()
+    process = memory_now() if on_cpu else 0
+    trains_text = any(part.module is not model.denoiser for part in model.parts)
+    supply = Supply(prepared, model, device, nullcontext, trains_text=trains_text, ranks=ALONE)
+    unmade = supply.unmade()
+    kept = _kept_bytes(config, assembly, unmade) if on_cpu else 0
+    decoder = certain.get("sample_decoder_bytes", 0)
+    encoder, text = _image_encoder_bytes(assembly), certain["text_encoder_bytes"]
+    rehearsal = Rehearsal(config, assembly, device)
+
+    numbers = sum(parameter.numel() for parameter in assembly.parameters)
+    averages = sum(observer.averages for observer in config.observers)
+    held = process + certain["denoiser_bytes"] + certain["network_bytes"]
+    held += averages * numbers * torch.float32.itemsize
+    # Prompts of samples are encoded first of all.
+    text_waits = data.caches_text and isinstance(model, UnreadEncoders) and not decoder
+    phases = {}
+    if unmade.images:
+        largest = max(unmade.images, key=_area)
+        there = held + encoder + (0 if text_waits else text)
+        phases["latents_peak_bytes"] = there + rehearsal.encode_images(data.vae_batch_size, largest)
+    held += 0 if data.caches_latents and not (decoder and on_cpu) else max(encoder, decoder)
+    if unmade.captions:
+        count = min(unmade.captions, data.text_encoder_batch_size)
+        phases["captions_peak_bytes"] = held + text + rehearsal.encode_text(count)
+    held += kept + (0 if data.caches_text else text)
+    batch_size, size = _largest_batch(prepared)
+    if not data.caches_latents:
+        encoded = rehearsal.encode_images(min(batch_size, data.vae_batch_size), size)
+    step = rehearsal.step(batch_size, size)
+    if not data.caches_latents:
+        phases["encoding_peak_bytes"] = held + step.state + encoded
+    phases["passes_peak_bytes"] = held + step.passes
+    phases["update_peak_bytes"] = held + step.update
     return {
         "image_encoder_bytes": encoder,
-        "optimizer_bytes": optimizer,
-        "activation_bytes": activations,
-        "process_bytes": base,
-        "peak_bytes": base + max(caching, step),
+        "optimizer_bytes": step.state,
+        "activation_bytes": step.activations,
+        "process_bytes": process,
+        **phases,
+        "peak_bytes": max(phases.values()),
     }
+
+
+def _image_encoder_bytes(assembly: Assembly) -> int:
+    """Count the weights of what encodes images; what decodes them belongs to it."""
+    model = assembly.model
+    if not isinstance(model, HasImageEncoder):
+        return model.sampler().decoder_bytes
+    assert model.image_encoder is not None
+    return sum(p.numel() * p.element_size() for p in model.image_encoder.parameters())
+
+
+def _kept_bytes(config: RunConfig, assembly: Assembly, unmade: Unmade) -> int:
+    """Count the encodings that are kept in main memory, for this run."""
+    data, model = config.dataset, assembly.model
+    kept = 0
+    if data.caches_latents and not data.cache_latents_to_disk:
+        side = 8 * model.latent_scale
+        latents = model.encode_images(torch.empty(1, 3, side, side))
+        pixels = sum(map(_area, unmade.images))
+        kept += pixels * latents.shape[1] * torch.float32.itemsize // model.latent_scale**2
+    if data.caches_text and not data.cache_text_encoder_outputs_to_disk:
+        encoded = model.encode_text([""]).values()
+        kept += unmade.captions * sum(t.numel() * t.element_size() for t in encoded)
+    return kept
+
+
+def _largest_batch(prepared: Prepared) -> tuple[int, Size]:
+    """Give the number of samples, and the (width, height), of the largest batch of a process."""
+    parts = (spec.part(0, prepared.processes) for spec in prepared.batches.epoch(1))
+    batches = ((max(len(part.samples), 1), part.bucket) for part in parts)
+    return max(batches, key=lambda batch: batch[0] * _area(batch[1]))
+
+
+def _area(size: Size) -> int:
+    return size[0] * size[1]
 
 
 def remarks(config: RunConfig, memory: Mapping[str, int]) -> Iterator[str]:
@@ -111,48 +168,3 @@ def _available_here() -> int:
         return int(known["MemAvailable:"]) * 1024
     except FileNotFoundError:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _activation_bytes(prepared: Prepared, assembly: Assembly, device: torch.device) -> int:
-    """Count what a forward pass of the largest bucket keeps for the backward pass."""
-    config, model = prepared.config, assembly.model
-    batch = config.dataset.train_batch_size
-    sizes = [image.fit.bucket for dataset in prepared.scan.datasets for image in dataset.images]
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    told = {name: (t.shape, t.dtype) for name, t in model.encode_text([""] * batch).items()}
-    parts: list[nn.Module] = [model.denoiser, *assembly.adapter.modules()]
-    precision = config.training.mixed_precision
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for part in parts:
-            part.to_empty(device=device)
-        own = {
-            tensor.untyped_storage()._cdata
-            for part in parts
-            for tensor in (*part.parameters(), *part.buffers())
-        }
-        scale = model.latent_scale
-        noisy = torch.empty(batch, 4, height // scale, width // scale, device=device)
-        timesteps = torch.zeros(batch, dtype=torch.int64, device=device)
-        condition = {
-            name: torch.empty(shape, dtype=dtype, device=device)
-            for name, (shape, dtype) in told.items()
-        }
-        pixels = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-        condition |= dict.fromkeys(("original_size", "crop_top_left", "target_size"), pixels)
-        # By storage: many saved tensors are views of one. Kept, so that none is counted twice.
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage
-            return tensor
-
-        assembly.adapter.prepare_step(timesteps)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast(device.type, WEIGHT_DTYPES[precision], enabled=precision != "no"),
-        ):
-            prediction = model.predict(noisy, timesteps, condition)
-    del prediction
-    return sum(storage.nbytes() for storage in kept.values())

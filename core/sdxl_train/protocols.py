@@ -195,7 +195,11 @@ class LoadedModel(Protocol):
 
 @runtime_checkable
 class UnreadEncoders(Protocol):
-    """What a :class:`LoadedModel` has beside if it reads its encoders only when they are needed."""
+    """What a :class:`LoadedModel` has beside if it reads its encoders only when they are needed.
+
+    On the meta device the identities of its encoders are those that earlier starts found out. What
+    none did is one that nothing was encoded by.
+    """
 
     def read_encoders(self, *, images: bool, text: bool) -> None:
         """Read what will encode images, text or both, so that no fault in it shows later.
@@ -203,6 +207,18 @@ class UnreadEncoders(Protocol):
         Raises:
             UserError: If it cannot be read, or nothing can be trained on it.
         """
+
+
+@runtime_checkable
+class HasImageEncoder(Protocol):
+    """What a :class:`LoadedModel` has beside if it tells which module encodes images.
+
+    Else a plan cannot foretell how much memory that takes.
+    """
+
+    @property
+    def image_encoder(self) -> nn.Module | None:
+        """The module; None once it is released."""
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sdxl_train.data.batches import Batch, BatchPlan, BatchSpec
+    from sdxl_train.data.buckets import Size
     from sdxl_train.data.cache import LatentKey, Store
     from sdxl_train.data.entry_file import Entry
     from sdxl_train.preflight import Prepared
@@ -40,6 +41,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unmade:
+    """What filling the caches would encode.
+
+    Attributes:
+        images: The (width, height) of each image to encode.
+        captions: How many captions.
+    """
+
+    images: Sequence[Size]
+    captions: int
 
 
 class Supply:
@@ -94,6 +108,29 @@ class Supply:
             for loader, text in zip(self._loaders, texts, strict=True):
                 self._cache_text(loader, text)
             self.model.release_text_encoders()
+
+    def unmade(self) -> Unmade:
+        """Tell what :meth:`fill_caches` would encode. No image is read that nobody ever encoded."""
+        images: list[Size] = []
+        captions = 0
+        if self.options.caches_latents:
+            known = all(map(self._knows_images, self._loaders))
+            stores = self._latent_stores() if known else [MemoryStore() for _ in self._loaders]
+            for loader, latents in zip(self._loaders, stores, strict=True):
+                datasets = loader.plan.datasets
+                keys = (key for key in latent_keys(datasets) if key not in latents)
+                images += [datasets[index].images[image].fit.bucket for index, image, _ in keys]
+        if self.options.caches_text:
+            for loader, text in zip(self._loaders, self._text_stores(), strict=True):
+                cache = TextCache(loader.plan.datasets)
+                captions += sum(caption not in text for caption in cache.captions)
+        return Unmade(images=images, captions=captions)
+
+    def _knows_images(self, loader: BatchLoader) -> bool:
+        """Tell whether the content of all images is known, as it is of those once encoded."""
+        index = self.prepared.scan.index
+        paths = (image.path for dataset in loader.plan.datasets for image in dataset.images)
+        return all(index.folder(path.parent).known_content(path.name) for path in paths)
 
     def disk_entries(self) -> Iterator[Entry]:
         """Give the files of all that the options keep on the disk."""

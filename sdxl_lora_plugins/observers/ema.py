@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sdxl_train import Field, Observer, Problem
 
@@ -24,6 +24,8 @@ class Ema(Observer):
     (1 + t) / (10 + t))``, so that it does not dwell on the first weights (the schedule of
     TensorFlow's ``ExponentialMovingAverage`` and of diffusers' ``EMAModel``).
     """
+
+    averages: ClassVar[bool] = True
 
     ema_decay: float | None = Field(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_activations_are_those_that_a_real_step_keeps(
     memory = plan("--network_dim 4 --train_batch_size 2 --mixed_precision no")["memory"]
     assert memory["activation_bytes"] == pytest.approx(kept_by_a_real_step(tiny_file, 2), rel=0.02)
     # Adam keeps two fp32 numbers for each of the network's, which are fp32 too.
-    assert memory["optimizer_bytes"] == 2 * memory["network_bytes"]
+    assert memory["optimizer_bytes"] == pytest.approx(2 * memory["network_bytes"], rel=0.01)
 
 
 def test_what_does_not_fit_is_told_with_the_options_to_change(
@@ -86,3 +87,67 @@ def test_what_does_not_fit_is_told_with_the_options_to_change(
     assert "--mixed_precision bf16, then --fp8_base" in told
     assert "--gradient_checkpointing" not in told
     assert not [text for text in whole["warnings"] if "are available" in text]
+
+
+def phases(memory: dict[str, int]) -> dict[str, int]:
+    """The peaks by phase, without what this process holds."""
+    end = "_peak_bytes"
+    process = memory["process_bytes"]
+    peaks = {name: peak for name, peak in memory.items() if name.endswith(end)}
+    assert memory["peak_bytes"] == max(peaks.values())
+    return {name.removesuffix(end): peak - process for name, peak in peaks.items()}
+
+
+def test_caches_that_are_complete_need_no_filling(
+    tiny_file: Path,
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    data = shutil.copytree(photographs, tmp_path / "data")
+    words = ["--pretrained_model_name_or_path", str(tiny_file), "--train_data_dir", str(data)]
+    words += ["--output_dir", str(tmp_path / "out"), "--resolution", "64"]
+    words += ["--network_train_unet_only", "--cache_latents_to_disk"]
+    words += ["--cache_text_encoder_outputs_to_disk", "--vae_batch_size", "4"]
+
+    def planned() -> dict[str, int]:
+        capsys.readouterr()
+        assert main(["plan", *words, "--memory", "--json"]) == 0
+        return phases(json.loads(capsys.readouterr().out)["memory"])
+
+    empty = planned()
+    assert set(empty) == {"latents", "captions", "passes", "update"}
+    assert main(["cache", *words]) == 0
+    full = planned()
+    assert set(full) == {"passes", "update"}
+    assert full["passes"] == empty["passes"]
+    assert max(full.values()) <= max(empty.values())
+    # Another caption is another encoding; the latents stay.
+    (data / "2_photo" / "coffee.txt").write_text("a mug", encoding="utf-8")
+    assert set(planned()) == {"captions", "passes", "update"}
+
+
+def test_each_option_takes_and_gives_what_it_says(plan: Callable[[str], dict[str, Any]]) -> None:
+    plain = plan("--network_dim 64 --mixed_precision bf16")["memory"]
+    numbers = plain["network_bytes"] // 4
+
+    def memory(flags: str) -> dict[str, Any]:
+        found: dict[str, Any] = plan(f"--network_dim 64 --mixed_precision bf16 {flags}")["memory"]
+        return found
+
+    # Momentum is one number for each; the two of Adam come in fp32 with weights of 16 bits too.
+    momentum = memory("--optimizer_type SGDNesterov")
+    assert momentum["optimizer_bytes"] == numbers * 4
+    narrow = memory("--full_bf16")
+    assert narrow["network_bytes"] == numbers * 2
+    assert narrow["optimizer_bytes"] == pytest.approx(numbers * 8, rel=0.01)
+    # While it steps, weights and gradients are in fp32: as much as they take in fp32 always.
+    assert phases(narrow)["update"] == pytest.approx(phases(plain)["update"], rel=0.02)
+    # A gradient that steps at once is not there beside the next ones.
+    fused = memory("--fused_backward_pass --max_grad_norm 0")
+    spared = phases(plain)["passes"] - phases(fused)["passes"]
+    assert 0.25 * numbers * 4 < spared <= numbers * 4
+    average = memory("--ema_decay 0.9")
+    assert phases(average)["passes"] - phases(plain)["passes"] == numbers * 4

@@ -13,6 +13,7 @@ from sdxl_train.ldm.headers import read_header
 from sdxl_train.ldm.origins import Origin, clip_origin
 from sdxl_train.ldm.sources import weight_files
 from sdxl_train.ldm.unfilled import fill_position_ids, without_weights
+from sdxl_train.ldm.unread import Reader, stamps_of
 from sdxl_train.ldm.weight_files import WeightFiles
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from sdxl_train.ldm.family import Family
     from sdxl_train.ldm.headers import Shapes
-    from sdxl_train.ldm.unread import Reader
 
 
 def unread_unet(
@@ -69,10 +69,12 @@ def _reader(
     origins: Callable[[Shapes], dict[str, Origin]],
 ) -> Reader | None:
     """Give what reads a part; a plan may be of a folder whose weights are not downloaded."""
-    if device.type == "meta":
-        return None
     title, stem = family.folders[part]
-    headers = [read_header(file) for file in weight_files(folder, stem)]
+    paths = weight_files(folder, stem)
+    if device.type == "meta":
+        there = bool(paths) and all(path.is_file() for path in paths)
+        return Reader(files=tuple(paths), stamps=stamps_of(paths), read=None) if there else None
+    headers = [read_header(file) for file in paths]
     files = WeightFiles(headers, place=str(folder), remedy="download it again")
     return files.reader(module, origins(files.shapes), device, title)
 

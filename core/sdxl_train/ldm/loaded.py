@@ -164,6 +164,11 @@ class LoadedLdm:
         self.read_encoders(images=True, text=False)
         return self._vae
 
+    @property
+    def image_encoder(self) -> nn.Module | None:
+        """The VAE, with its weights or without."""
+        return self._vae
+
     def read_encoders(self, *, images: bool, text: bool) -> None:
         """Read what will encode images, text or both; see :class:`UnreadEncoders`.
 
@@ -187,7 +192,7 @@ class LoadedLdm:
     def encode_images(self, images: Tensor) -> Tensor:
         """Encode images [B, 3, H, W] in [-1, 1]: the mode of the posterior, scaled, in fp32."""
         assert self.vae is not None, "the image encoder was released"
-        posterior = self.vae.encode(images.to(self._device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
         latents: Tensor = posterior.mode().float()
         return latents * self.latent_scaling
 
@@ -239,7 +244,7 @@ class LoadedLdm:
             ids = text.in_chunks(tokenizer, tokens, num_chunks=num_chunks, padding=padding)
             hidden, pooled = text.encode(
                 encoder,
-                ids.to(self._device),
+                ids.to(next(encoder.parameters()).device),
                 layer=self._reading.clip_skip,
                 final_norm=self._reading.final_norm,
             )

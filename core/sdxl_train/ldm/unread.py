@@ -9,7 +9,7 @@ import json
 import logging
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sdxl_train._version import __version__
 from sdxl_train.data.file_facts import stamp_of
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_UNKNOWN: Final = "unknown"
+"""Hash of weights that were never read, by which no encoding can have been made."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -37,12 +40,13 @@ class Reader:
 
     Attributes:
         files: Where they are.
-        read: Reads them into the module, which stores them as it is set up to.
+        read: Reads them into the module, which stores them as it is set up to; None for a plan,
+            whose modules stay without.
         stamps: The state of the files when the module was made.
     """
 
     files: tuple[Path, ...]
-    read: Callable[[], None]
+    read: Callable[[], None] | None
     stamps: tuple[Stamp, ...]
 
     def __call__(self) -> None:
@@ -52,6 +56,8 @@ class Reader:
             UserError: If the files are no longer those of the start, which may have been told
                 already by their hashes.
         """
+        if self.read is None:
+            return
         # Libraries draw what they then overwrite; when that happens must change nothing.
         with global_generators_kept():
             self.read()
@@ -97,7 +103,10 @@ class UnreadParts:
         return were_read
 
     def hash(self, modules: Sequence[nn.Module], settings: Sequence[str]) -> str:
-        """Hash modules as they are in memory, or as they would be: see :func:`weights_hash`."""
+        """Hash modules as they are in memory, or as they would be: see :func:`weights_hash`.
+
+        A plan takes what an earlier start found out.
+        """
         readers = [self._readers[module] for module in modules if module in self._readers]
 
         def compute() -> str:
@@ -106,11 +115,15 @@ class UnreadParts:
             return weights_hash(modules, settings)
 
         if len(readers) < len(modules):
-            return compute()
+            is_plan = any(p.is_meta for module in modules for p in module.parameters())
+            return _UNKNOWN if is_plan else compute()
         versions = [f"{name} {version(name)}" for name in ("diffusers", "transformers")]
         forms = [_form(module) for module in modules]
         files = [file for reader in readers for file in reader.files]
-        return remembered(files, ["weights", __version__, *versions, *forms, *settings], compute)
+        of = ["weights", __version__, *versions, *forms, *settings]
+        if any(reader.read is None for reader in readers):
+            return recalled(files, of) or _UNKNOWN
+        return remembered(files, of, compute)
 
 
 def _form(module: nn.Module) -> str:
@@ -134,23 +147,33 @@ def remembered(files: Sequence[Path], what: Sequence[str], compute: Callable[[],
         what: All else that it depends on.
         compute: Computes it.
     """
-    places = [str(file.resolve()) for file in files]
     stamps = stamps_of(files)
-    home = user_cache() / "weights"
-    path = home / f"{text_hash([*places, *what])}.json"
-    try:
-        known = json.loads(path.read_bytes())
-        if known["stamps"] == [list(stamp) for stamp in stamps]:
-            return str(known["value"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # there is none, or it is damaged: it is computed again
+    if (known := recalled(files, what)) is not None:
+        return known
     value = compute()
     if all(map(is_settled, stamps)) and stamps == stamps_of(files):
         document = json.dumps({"stamps": stamps, "value": value})
+        path = _place(files, what)
         try:
-            home.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(path, document.encode(), durable=False)
         except OSError as error:
             # It costs the next start some seconds, which is no reason to stop this one.
             logger.info("%s cannot be written: %s", path, error.strerror)
     return value
+
+
+def recalled(files: Sequence[Path], what: Sequence[str]) -> str | None:
+    """Give what was computed before of files in this state; None if it was not."""
+    try:
+        known = json.loads(_place(files, what).read_bytes())
+        if known["stamps"] == [list(stamp) for stamp in stamps_of(files)]:
+            return str(known["value"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none, or it is damaged: it is computed again
+    return None
+
+
+def _place(files: Sequence[Path], what: Sequence[str]) -> Path:
+    places = [str(file.resolve()) for file in files]
+    return user_cache() / "weights" / f"{text_hash([*places, *what])}.json"

@@ -54,8 +54,8 @@ class WeightFiles:
         origins: Mapping[str, Origin],
         device: torch.device,
         title: str,
-    ) -> Reader | None:
-        """Give what reads a part that has shapes only; None on the meta device, where it stays so.
+    ) -> Reader:
+        """Give what reads a part that has shapes only; on the meta device it stays so.
 
         Args:
             module: The part.
@@ -67,13 +67,12 @@ class WeightFiles:
             UserError: If tensors are missing or of another shape.
         """
         self._check(module, origins, title)
-        if device.type == "meta":
-            return None
 
         def read() -> None:
             fill(module, self._tensors(origins), device, title=title, place=self._place)
 
-        return Reader(files=self._files, stamps=self._stamps, read=read)
+        is_plan = device.type == "meta"
+        return Reader(files=self._files, stamps=self._stamps, read=None if is_plan else read)
 
     def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's values as they are stored, as a view of the file if it can be."""

@@ -129,24 +129,32 @@ def _area(size: Size) -> int:
     return size[0] * size[1]
 
 
+def phase_of_peak(memory: Mapping[str, int]) -> str:
+    """Give the name of the phase in which the peak of a plan is."""
+    return next(name for name in PHASES if memory.get(name) == memory["peak_bytes"])
+
+
 def remarks(config: RunConfig, memory: Mapping[str, int]) -> Iterator[str]:
     """Say that it does not fit, and which options to change, the mildest first."""
     available = available_bytes(config.device())
     if available is None or memory["peak_bytes"] <= available:
         return
-    training, data = config.training, config.dataset
+    training, data, phase = config.training, config.dataset, phase_of_peak(memory)
+    in_step, encodes = phase == "passes_peak_bytes", phase == "encoding_peak_bytes"
+    of_images = encodes or phase == "latents_peak_bytes"
     changes = {
+        "--vae_batch_size 1": of_images and data.vae_batch_size > 1,
         "--cache_latents": not data.caches_latents,
         "--cache_text_encoder_outputs with --network_train_unet_only": not data.caches_text,
         "--mixed_precision bf16": training.mixed_precision == "no",
-        "--gradient_checkpointing": not config.model.gradient_checkpointing,
-        "a smaller --train_batch_size": data.train_batch_size > 1,
+        "--gradient_checkpointing": in_step and not config.model.gradient_checkpointing,
+        "a smaller --train_batch_size": (in_step or encodes) and data.train_batch_size > 1,
         "--fp8_base": config.quantization.build() is None,
     }
-    helpful = [change for change, is_open in changes.items() if is_open]
+    helpful = [change for change, helps in changes.items() if helps]
     advice = ", then ".join(helpful) or "a smaller --resolution or --network_dim"
     yield (
-        f"about {memory['peak_bytes'] / 1e9:.1f} GB are needed at most, and "
+        f"about {memory['peak_bytes'] / 1e9:.1f} GB are needed at most, {PHASES[phase]}, and "
         f"{available / 1e9:.1f} GB are available: try {advice}"
     )
 

@@ -20,7 +20,7 @@ _READ = torch.ops.aten._local_scalar_dense.default
 """Gives the number of a tensor without dimensions."""
 
 
-class LiveStorages(TorchDispatchMode):
+class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages of tensors from their making to their end, those of temporaries too.
 
     A storage counts once, however many tensors view it. What an operation takes inside of its
@@ -36,7 +36,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
         self.now = 0
         self.peak = 0

@@ -28,7 +28,7 @@ def test_forward_backward_and_adam_hold_what_the_formulas_say() -> None:
             assert live.now == weights + inputs + hidden + inputs
             assert live.peak == weights + inputs + 2 * hidden
             live.begin()
-            y.sum().backward()  # type: ignore[no-untyped-call]
+            y.sum().backward()
             assert weights * 2 < live.now < weights * 2 + 3 * inputs
             # Where both gradients of weights are there, those of the hidden layer are too.
             assert live.peak >= weights * 2 + hidden

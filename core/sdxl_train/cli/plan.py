@@ -106,11 +106,11 @@ def _memory(memory: Mapping[str, int]) -> str:
     """Tell the peak, where it is foretold, else what is certain."""
     if "peak_bytes" not in memory:
         return f"{sum(memory.values()) / 1e9:.2f} GB of weights and gradients, plus activations"
-    from sdxl_train.footprint import PHASES
+    from sdxl_train.footprint import PHASES, phase_of_peak
 
-    when = next(text for name, text in PHASES.items() if memory.get(name) == memory["peak_bytes"])
+    phase = PHASES[phase_of_peak(memory)]
     return (
-        f"{memory['peak_bytes'] / 1e9:.2f} GB at most, {when}; activations "
+        f"{memory['peak_bytes'] / 1e9:.2f} GB at most, {phase}; activations "
         f"{memory['activation_bytes'] / 1e9:.2f} GB, optimizer "
         f"{memory['optimizer_bytes'] / 1e9:.2f} GB"
     )

@@ -64,7 +64,7 @@ class Int8Format:
         stored = torch.empty_like(rows, dtype=torch.int8)
         largest = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
         num_rows = max(1, _PIECE // rows.shape[1])
-        pieces = (tensor.split(num_rows) for tensor in (rows, stored, largest))
+        pieces = (torch.split(tensor, num_rows) for tensor in (rows, stored, largest))
         for some, stored_here, largest_here in zip(*pieces, strict=True):
             # fp16 is the one type that GPUs take.
             packed, most, _ = torch.ops.bitsandbytes.int8_vectorwise_quant(some.half())

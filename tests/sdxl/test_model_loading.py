@@ -144,6 +144,42 @@ def test_half_variant_of_a_folder_is_found(
     assert {parameter.dtype for parameter in model.denoiser.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_sharded_folder_is_the_same_model(
+    tiny_folder: Path,
+    tmp_path: Path,
+    load_sdxl: Callable[..., LoadedLdm],
+    variant: str | None,
+) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    pipeline.save_pretrained(tmp_path / "shards", max_shard_size="2MB", variant=variant)
+    assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
+    model, expected = load_sdxl(tmp_path / "shards"), load_sdxl(tiny_folder)
+    for part, other in zip(
+        (model.denoiser, *model.text_encoders),
+        (expected.denoiser, *expected.text_encoders),
+        strict=True,
+    ):
+        weights = other.state_dict()
+        assert all(torch.equal(weights[k], v) for k, v in part.state_dict().items())
+
+
+def test_unknown_tensors_of_a_folder_are_named(
+    tiny_folder: Path,
+    tmp_path: Path,
+    load_sdxl: Callable[..., LoadedLdm],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "folder")
+    file = folder / "text_encoder" / "model.safetensors"
+    save_file({**load_file(file), "extra.a": torch.zeros(1)}, file)
+    caplog.set_level(logging.WARNING, "sdxl_train")
+    load_sdxl(folder)
+    assert "text_encoder holds unknown tensors, which are not used: 1 tensor: extra.a" in (
+        caplog.messages
+    )
+
+
 def test_missing_tensors_are_counted_and_named(
     tiny_file: Path, tmp_path: Path, load_sdxl: Callable[..., LoadedLdm]
 ) -> None:

@@ -8,8 +8,6 @@ until it is needed.
 
 from __future__ import annotations
 
-import logging
-import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_train.errors import UserError
 from sdxl_train.ldm import configs, names
 from sdxl_train.ldm.family import UNET, VAE
-from sdxl_train.ldm.headers import BadFileError, Header, counted, read_header
+from sdxl_train.ldm.headers import BadFileError, Header, read_header
 from sdxl_train.ldm.origins import Origin, clip_origin, openclip_origin
 from sdxl_train.ldm.unfilled import fill_position_ids, without_weights
 from sdxl_train.ldm.weight_files import WeightFiles
@@ -34,15 +32,6 @@ if TYPE_CHECKING:
     from sdxl_train.ldm.family import ClipEncoder, Family
     from sdxl_train.ldm.headers import Shapes
     from sdxl_train.ldm.unread import Reader
-
-_log = logging.getLogger(__name__)
-
-_HARMLESS = re.compile(
-    r"(.*\.)?(position_ids|logit_scale|sigmas|log_sigmas|sigma_(min|max)|v_pred|ztsnr)$"
-    r"|(model\.)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar)$"
-    r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
-)
-"""Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
 
 
 def unet_origins(unet: UNet2DConditionModel) -> dict[str, Origin]:
@@ -97,7 +86,6 @@ class Checkpoint:
         self.path = path
         self.family = family
         self._device = device
-        self._used: set[str] = set()
         try:
             self.header: Header = read_header(path, pickles=family.pickles)
         except BadFileError as error:
@@ -132,7 +120,7 @@ class Checkpoint:
         reader = self._reader(module, clip_origins(module, encoder, shapes), encoder.short_title)
         if encoder.unused_layers:
             # The last layers and what follows them are left out on purpose.
-            self._used.update(name for name in shapes if name.startswith(encoder.key))
+            self._files.leave_out(lambda name: name.startswith(encoder.key))
         return module, reader
 
     def vae(self, dtype: torch.dtype) -> tuple[AutoencoderKL, Reader | None]:
@@ -145,17 +133,9 @@ class Checkpoint:
 
     def warn_of_unused(self, *, vae_replaced: bool) -> None:
         """Log once how many tensors of the file belong to nothing that trains or is trained on."""
-        left = [
-            name
-            for name in self.header.shapes
-            if name not in self._used
-            and not _HARMLESS.match(name)
-            and not (vae_replaced and name.startswith(VAE))
-        ]
-        if left:
-            _log.warning(
-                "%s holds unknown tensors, which are not used: %s", self.path.name, counted(left)
-            )
+        if vae_replaced:
+            self._files.leave_out(lambda name: name.startswith(VAE))
+        self._files.warn_of_unused(self.path.name)
 
     def _configure(self, read: Callable[[Shapes], dict[str, Any]]) -> dict[str, Any]:
         try:
@@ -170,6 +150,4 @@ class Checkpoint:
         self, module: nn.Module, origins: Mapping[str, Origin], title: str
     ) -> Reader | None:
         """Give what reads a part on the meta device, whose tensors are all there."""
-        reader = self._files.reader(module, origins, self._device, title)
-        self._used.update(origin.name for origin in origins.values())
-        return reader
+        return self._files.reader(module, origins, self._device, title)

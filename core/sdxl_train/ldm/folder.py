@@ -76,7 +76,9 @@ def _reader(
         return Reader(files=tuple(paths), stamps=stamps_of(paths), read=None) if there else None
     headers = [read_header(file) for file in paths]
     files = WeightFiles(headers, place=str(folder), remedy="download it again")
-    return files.reader(module, origins(files.shapes), device, title)
+    reader = files.reader(module, origins(files.shapes), device, title)
+    files.warn_of_unused(folder.name)
+    return reader
 
 
 def _own_names(module: nn.Module) -> Callable[[Shapes], dict[str, Origin]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -15,13 +17,22 @@ from sdxl_train.ldm.unfilled import fill
 from sdxl_train.ldm.unread import Reader, stamps_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, nn
 
     from sdxl_train.ldm.headers import Header
     from sdxl_train.ldm.origins import Origin
+
+_log = logging.getLogger(__name__)
+
+_HARMLESS = re.compile(
+    r"(.*\.)?(position_ids|logit_scale|sigmas|log_sigmas|sigma_(min|max)|v_pred|ztsnr)$"
+    r"|(model\.)?(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar)$"
+    r"|model_ema\.|denoiser\.|first_stage_model\.loss\."
+)
+"""Names that carry no weight of these parts: buffers, schedules, markers, averaged copies."""
 
 _PIECE = 1 << 27
 """Numbers that are read between two openings of a file."""
@@ -47,6 +58,7 @@ class WeightFiles:
         self._place = place
         self._remedy = remedy
         self._mapped = mapped
+        self._used: set[str] = set()
 
     def reader(
         self,
@@ -67,12 +79,27 @@ class WeightFiles:
             UserError: If tensors are missing or of another shape.
         """
         self._check(module, origins, title)
+        self._used.update(origin.name for origin in origins.values())
 
         def read() -> None:
             fill(module, self._tensors(origins), device, title=title, place=self._place)
 
         is_plan = device.type == "meta"
         return Reader(files=self._files, stamps=self._stamps, read=None if is_plan else read)
+
+    def leave_out(self, is_left_out: Callable[[str], bool]) -> None:
+        """Expect no use of the tensors with such names."""
+        self._used.update(filter(is_left_out, self.shapes))
+
+    def warn_of_unused(self, name: str) -> None:
+        """Log once how many tensors belong to nothing that trains or is trained on.
+
+        Args:
+            name: What holds them, for people.
+        """
+        left = [key for key in self.shapes if key not in self._used and not _HARMLESS.match(key)]
+        if left:
+            _log.warning("%s holds unknown tensors, which are not used: %s", name, counted(left))
 
     def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's values as they are stored, as a view of the file if it can be."""

@@ -36,7 +36,7 @@ class Fp8Format:
     def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Give its values."""
         stored, scale = packed
-        return stored.to(dtype) * scale.to(dtype)
+        return stored.to(dtype).mul_(scale.to(dtype))
 
 
 class Fp8MatmulFormat(Fp8Format):

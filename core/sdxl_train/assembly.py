@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sdxl_train.errors import UserError
+from sdxl_train.heap import give_back_large_blocks
 from sdxl_train.protocols import QuantizableModel
 from sdxl_train.rng import derive_seed, global_generators_kept, seed_global_generators
 from sdxl_train.weights import start_from
@@ -77,6 +78,8 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
         _require_quantizable(config, model).quantize(
             form, denoiser_only=config.quantization.denoiser_only
         )
+        if torch.device(device).type == "cpu":
+            give_back_large_blocks()
     # Initialisers know only global generators; what they draw must not depend on their past.
     with global_generators_kept():
         seed_global_generators(derive_seed(seed, "init"))

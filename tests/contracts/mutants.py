@@ -1020,12 +1020,12 @@ def twice_named(model: Any) -> None:
     part = model.parts[0]
     name = next(iter(part.file_names.values()))
     names = dict.fromkeys(part.file_names, name)
-    model.parts = (dataclasses.replace(part, file_names=names), *model.parts[1:])
+    model._parts = (dataclasses.replace(part, file_names=names), *model.parts[1:])
 
 
 def less_on_meta(model: Any) -> None:
     if model.denoiser.conv_in.weight.is_meta:
-        model.parts = model.parts[:1]
+        model._parts = model._parts[:1]
 
 
 def blurred(model: Any) -> None:

@@ -81,7 +81,11 @@ def fill(
             bad[f"{title} {path}"] = str(shape.dtype).removeprefix("torch.")
         if values.stride() != shape.stride() or (is_packed and name in owner._parameters):
             # Also of what a packed module does not pack: a view would keep the file in memory.
-            values = torch.empty_like(shape, device=device).copy_(values)
+            # Not `empty_like`, which imports sympy where the shape is on the meta device.
+            apart = torch.empty_strided(
+                shape.shape, shape.stride(), dtype=shape.dtype, device=device
+            )
+            values = apart.copy_(values)
         set_weight(owner, name, values)
     if bad:
         raise UserError.of(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _BLOCK: Final = 64
 """Weights that share a scale."""
 _LARGEST: Final = 127.0
-_PIECE: Final = 1 << 20
+_PIECE: Final = 1 << 18
 """Weights that are packed at a time."""
 
 
@@ -76,4 +76,4 @@ class Int8Format:
         """Give its values."""
         stored, largest = packed
         scale = (largest / _LARGEST).to(dtype)
-        return (stored.to(dtype) * scale[:, None]).view(shape)
+        return stored.to(dtype).mul_(scale[:, None]).view(shape)

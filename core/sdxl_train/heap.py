@@ -1,0 +1,28 @@
+"""The heap of the C library, in which tensors on a CPU live."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from typing import Final
+
+_TRIM_THRESHOLD: Final = -1
+_MMAP_THRESHOLD: Final = -3
+"""Numbers of mallopt(3)."""
+_LARGE: Final = 2 << 20
+
+
+def give_back_large_blocks() -> None:
+    """Let blocks of 2 MB and more be memory of their own, which goes back when they are freed.
+
+    Once it has freed such a block, glibc takes the next ones from its heap, whose holes a process
+    keeps. Weights that are unpacked for a moment, between activations that stay, leave holes of
+    gigabytes there. Does nothing where the C library is another one.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE)
+        # Set too, for both stop to adapt; the top of the heap is not to come and go.
+        mallopt(_TRIM_THRESHOLD, 32 * _LARGE)

@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdxl_train.assembly import WEIGHT_DTYPES, build_optimizer
+from sdxl_train.errors import UserError
 from sdxl_train.fused import FusedBackward
 from sdxl_train.live_storages import LiveStorages
 from sdxl_train.protocols import HasImageEncoder
@@ -92,7 +93,11 @@ class Rehearsal:
             return self._live.peak - start
 
     def step(self, batch_size: int, size: Size) -> StepBytes:
-        """Give what a step of images of (width, height) takes, once there was one before."""
+        """Give what a step of images of (width, height) takes, once there was one before.
+
+        Raises:
+            UserError: If the optimizer cannot step on tensors without data.
+        """
         training = self._config.training
         with self._computing() as start:
             optimizer = build_optimizer(self._config, self._groups)
@@ -106,7 +111,7 @@ class Rehearsal:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = torch.empty_like(parameter)
-            optimizer.step()
+            self._update(optimizer)
             update = self._live.peak - start
             if training.gradient_accumulation_steps == 1:
                 optimizer.zero_grad(set_to_none=True)
@@ -120,6 +125,22 @@ class Rehearsal:
             loss.backward()  # type: ignore[no-untyped-call]
             passes = self._live.peak - start
         return StepBytes(state=state, activations=activations, passes=passes, update=update)
+
+    def _update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step an optimizer, whose author may not have thought of tensors without data.
+
+        Raises:
+            UserError: If it fails.
+        """
+        try:
+            optimizer.step()
+        except Exception as error:
+            raise UserError.of(
+                self._config.place("optimizer_type"),
+                f"what {self._config.name_of('optimizer')} keeps cannot be foretold: it fails on "
+                f"tensors without data ({type(error).__name__}: {error})",
+                "plan without --memory",
+            ) from error
 
     def _loss(self, batch_size: int, size: Size) -> Tensor:
         """Compute what is trained: the mean of squares stands for every loss."""

@@ -89,6 +89,29 @@ def test_what_does_not_fit_is_told_with_the_options_to_change(
     assert not [text for text in whole["warnings"] if "are available" in text]
 
 
+def test_optimizer_that_needs_data_is_named(
+    tiny_file: Path,
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "by_numpy.py").write_text(
+        "import torch\n\n\n"
+        "class ByNumpy(torch.optim.SGD):\n"
+        "    def step(self, closure=None):\n"
+        "        self.param_groups[0]['params'][0].detach().numpy()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--pretrained_model_name_or_path", str(tiny_file), "--train_data_dir"]
+    words += [str(photographs), "--output_dir", str(tmp_path), "--resolution", "64"]
+    words += [*FLAGS.split(), "--network_dim", "4", "--optimizer_type", "by_numpy.ByNumpy"]
+    assert main(["plan", *words]) == 2
+    told = capsys.readouterr().err
+    assert "--optimizer_type: what by_numpy.ByNumpy keeps cannot be foretold" in told
+    assert "plan without --memory" in told
+
+
 def phases(memory: dict[str, int]) -> dict[str, int]:
     """The peaks by phase, without what this process holds."""
     end = "_peak_bytes"

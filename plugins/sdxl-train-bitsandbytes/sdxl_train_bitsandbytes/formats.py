@@ -24,7 +24,9 @@ _BLOCK: Final = 64
 """Weights that share a scale."""
 _LARGEST: Final = 127.0
 _PIECE: Final = 1 << 18
-"""Weights that are packed at a time."""
+"""Weights that are packed at a time in int8."""
+_FEW_BLOCKS: Final = 1 << 20
+"""Weights that are packed at a time in 4 bits."""
 
 
 class FourBits:
@@ -38,10 +40,12 @@ class FourBits:
         self.name = kind
 
     def pack(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """Store a weight."""
-        packed, scales = torch.ops.bitsandbytes.quantize_4bit(
-            weight.contiguous(), _BLOCK, self.name, torch.uint8
-        )
+        """Store a weight, some blocks at a time: each weight is compared with all 16 values."""
+        pieces = [
+            torch.ops.bitsandbytes.quantize_4bit(some, _BLOCK, self.name, torch.uint8)
+            for some in torch.split(weight.flatten(), _FEW_BLOCKS)
+        ]
+        packed, scales = (torch.cat(tensors) for tensors in zip(*pieces, strict=True))
         return packed, scales
 
     def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:

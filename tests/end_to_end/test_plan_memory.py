@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 FLAGS = "--network_train_unet_only --cache_latents --cache_text_encoder_outputs --memory --json"
 
 
+def plan_of(model: Path, data: Path, out: Path) -> list[str]:
+    words = ["plan", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
+    return [*words, "--output_dir", str(out), "--resolution", "64"]
+
+
 @pytest.fixture
 def plan(
     tiny_file: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], dict[str, Any]]:
     def make(flags: str) -> dict[str, Any]:
-        words = ["--pretrained_model_name_or_path", str(tiny_file), "--train_data_dir"]
-        words += [str(photographs), "--output_dir", str(tmp_path), "--resolution", "64"]
-        assert main(["plan", *words, *FLAGS.split(), *flags.split()]) == 0
+        words = plan_of(tiny_file, photographs, tmp_path)
+        assert main([*words, *FLAGS.split(), *flags.split()]) == 0
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
@@ -103,10 +107,9 @@ def test_optimizer_that_needs_data_is_named(
         "        self.param_groups[0]['params'][0].detach().numpy()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = ["--pretrained_model_name_or_path", str(tiny_file), "--train_data_dir"]
-    words += [str(photographs), "--output_dir", str(tmp_path), "--resolution", "64"]
+    words = plan_of(tiny_file, photographs, tmp_path)
     words += [*FLAGS.split(), "--network_dim", "4", "--optimizer_type", "by_numpy.ByNumpy"]
-    assert main(["plan", *words]) == 2
+    assert main(words) == 2
     told = capsys.readouterr().err
     assert "--optimizer_type: what by_numpy.ByNumpy keeps cannot be foretold" in told
     assert "plan without --memory" in told
@@ -130,19 +133,18 @@ def test_caches_that_are_complete_need_no_filling(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     data = shutil.copytree(photographs, tmp_path / "data")
-    words = ["--pretrained_model_name_or_path", str(tiny_file), "--train_data_dir", str(data)]
-    words += ["--output_dir", str(tmp_path / "out"), "--resolution", "64"]
+    words = plan_of(tiny_file, data, tmp_path / "out")
     words += ["--network_train_unet_only", "--cache_latents_to_disk"]
     words += ["--cache_text_encoder_outputs_to_disk", "--vae_batch_size", "4"]
 
     def planned() -> dict[str, int]:
         capsys.readouterr()
-        assert main(["plan", *words, "--memory", "--json"]) == 0
+        assert main([*words, "--memory", "--json"]) == 0
         return phases(json.loads(capsys.readouterr().out)["memory"])
 
     empty = planned()
     assert set(empty) == {"latents", "captions", "passes", "update"}
-    assert main(["cache", *words]) == 0
+    assert main(["cache", *words[1:]]) == 0
     full = planned()
     assert set(full) == {"passes", "update"}
     assert full["passes"] == empty["passes"]

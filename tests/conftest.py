@@ -36,5 +36,6 @@ def _reset_log() -> None:
         if type(handler).__module__.startswith("sdxl_train."):
             root.removeHandler(handler)
     for name, logger in logging.Logger.manager.loggerDict.items():
-        if name.startswith("sdxl_") and isinstance(logger, logging.Logger):
+        # To set a level makes every logger forget what it knows of the others: only where it helps.
+        if name.startswith("sdxl_") and isinstance(logger, logging.Logger) and logger.level:
             logger.setLevel(logging.NOTSET)

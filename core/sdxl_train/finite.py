@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,4 +21,4 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # Numbers of 8 bits are not ordered by torch.
     low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor.detach())
-    return bool(torch.isfinite(low) & torch.isfinite(high))
+    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import Field, create_model
@@ -44,8 +45,7 @@ class OfLibrary(Component):
     @classmethod
     def of(cls, path: str) -> type[Self]:
         """Make the component of what a dotted path names; imports nothing yet."""
-        namespace = {"path": path, "__module__": __name__, "__doc__": f"{path}."}
-        return type(path.rpartition(".")[2], (cls,), namespace)
+        return cast("type[Self]", _component_of(cls, path))
 
     @classmethod
     def resolved(cls) -> type[Self]:
@@ -124,6 +124,13 @@ class OfLibrary(Component):
                 f"--{self._kind().args}",
                 f"{self.path} refuses {shown or 'its defaults'}: {type(error).__name__}: {error}",
             ) from error
+
+
+@cache
+def _component_of(kind: type[OfLibrary], path: str) -> type[OfLibrary]:
+    """Make a component once: a plugin may have a hundred, and is asked for them in each run."""
+    namespace = {"path": path, "__module__": __name__, "__doc__": f"{path}."}
+    return type(path.rpartition(".")[2], (kind,), namespace)
 
 
 _UNRECTIFIED = 10

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from email.parser import HeaderParser
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,7 @@ def _checked(answer: object, kind: Kind, found: FoundPlugin) -> Mapping[str, typ
     return answer
 
 
+@cache
 def component_fault(component: type[Component]) -> str:
     """Say what keeps a component class from being used; empty if nothing does."""
     if inspect.isabstract(component):

@@ -136,7 +136,7 @@ class Trainer:
             self.config.output.output_dir.mkdir(parents=True, exist_ok=True)
             clear_the_way(self.config)
         self.run = self._run(plan)
-        self.facts = RunDocument(prepared, record, self.result, accelerator.device)
+        self.facts = RunDocument(prepared, plan, record, self.result, accelerator.device)
         self.saver = Saver(
             prepared,
             self.built,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from sdxl_train.observed import Run, RunResult
+    from sdxl_train.planning import Plan
     from sdxl_train.preflight import Prepared
     from sdxl_train.record import RunRecord
 
@@ -26,6 +27,7 @@ class RunDocument:
 
     Args:
         prepared: The run.
+        plan: Its plan.
         record: Its facts.
         result: How it goes.
         device: What computes.
@@ -36,12 +38,20 @@ class RunDocument:
     """
 
     def __init__(
-        self, prepared: Prepared, record: RunRecord, result: RunResult, device: torch.device
+        self,
+        prepared: Prepared,
+        plan: Plan,
+        record: RunRecord,
+        result: RunResult,
+        device: torch.device,
     ) -> None:
         self.status = "running"
         self.remarks = Remarks()
         self._datasets = prepared.scan.datasets
-        self._record = record
+        self._facts = record.facts()
+        planned = plan.as_json()
+        self._plan = {name: planned[name] for name in _OF_THE_PLAN}
+        self._warnings = plan.warnings
         self._result = result
         self._device = device
 
@@ -57,14 +67,13 @@ class RunDocument:
         """
         history, result = run.history, self._result
         history.read()
-        plan = run.plan.as_json()
         images = [image for dataset in self._datasets for image in dataset.images]
         return {
-            **self._record.facts(),
+            **self._facts,
             "name": run.name,
             "machine": machine(self._device),
-            "plan": {name: plan[name] for name in _OF_THE_PLAN},
-            "warnings": list(dict.fromkeys([*plan["warnings"], *self.remarks.texts])),
+            "plan": self._plan,
+            "warnings": list(dict.fromkeys([*self._warnings, *self.remarks.texts])),
             "history": history.as_json(),
             "loss_by_timestep": history.loss_by_timestep(),
             "loss_by_image": with_paths(

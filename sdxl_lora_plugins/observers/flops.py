@@ -7,6 +7,7 @@ denoiser that is one forward pass and one backward pass through its activations,
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from typing import TYPE_CHECKING, Any, Final
@@ -89,10 +90,11 @@ def unknown_utilization(why: str) -> dict[str, Any]:
     return {**dict.fromkeys(("value", "rate", "peak", "peak_of")), "why": why}
 
 
+@functools.cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Measure what the device reaches in a product of two large matrices, in FLOP/s.
 
-    That is about the most that a model can. Takes a fraction of a second.
+    That is about the most that a model can. Takes a fraction of a second, once in a process.
     """
     side = 1024 if device.type == "cpu" else 8192
     matrix = torch.ones(side, side, dtype=dtype, device=device)

@@ -167,12 +167,13 @@ def _refuse_other_depths(
 
 
 def _depth(unet: Shapes, transformer: str) -> int:
-    return len(_indices(unet, re.escape(transformer) + r"\.transformer_blocks\.(\d+)\."))
+    blocks = f"{transformer}.transformer_blocks."
+    return len({name[len(blocks) :].partition(".")[0] for name in unet if name.startswith(blocks)})
 
 
 def _indices(shapes: Shapes, pattern: str) -> list[int]:
     """Give the sorted distinct indices that a pattern finds at the start of names."""
-    matches = (re.match(pattern, name) for name in shapes)
+    matches = map(re.compile(pattern).match, shapes)
     return sorted({int(match[1]) for match in matches if match})
 
 
@@ -187,8 +188,9 @@ def _columns(shapes: Shapes, pattern: str) -> int:
 
 
 def _first(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    match = re.compile(pattern).match
     for name, shape in shapes.items():
-        if re.match(pattern, name):
+        if match(name):
             return shape
     readable = pattern.replace("\\", "")
     raise BadFileError(f"it lacks the tensor {readable}", "download it again")

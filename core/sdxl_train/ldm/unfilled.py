@@ -72,9 +72,10 @@ def fill(
     """
     bad: dict[str, str] = {}
     is_packed = bool(formats_of(module))
+    layers = dict(module.named_modules())
     for path, stored in tensors:
         layer, _, name = path.rpartition(".")
-        owner = module.get_submodule(layer)
+        owner = layers[layer]
         shape: Tensor = getattr(owner, name)
         values = stored.to(device, shape.dtype)
         if not is_finite(values):

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, wraps
 from importlib import resources
 from pathlib import Path
@@ -230,6 +230,14 @@ def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same tiny SDXL as a single file. Not to be written to."""
     path = tmp_path_factory.mktemp("model") / "tiny-sdxl.safetensors"
     return write_tiny(path, SDXL, TINY, seed=SEED, single_file=True)
+
+
+@pytest.fixture(scope="session")
+def shallow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL with every kind of layer in every block, and no deeper than that."""
+    path = tmp_path_factory.mktemp("model") / "shallow-sdxl.safetensors"
+    shape = replace(TINY, depths=(1, 1, 1), text_encoders=((16, 2), (24, 2)))
+    return write_tiny(path, SDXL, shape, seed=SEED, single_file=True)
 
 
 @pytest.fixture(scope="session")

@@ -43,11 +43,16 @@ def test_run_killed_again_and_again_goes_on_to_the_straight_result(
     options: MakeOptions,
     train_lora: TrainLora,
     same_tensors: SameTensors,
+    photographs: Path,
+    tmp_path: Path,
 ) -> None:
+    # What is encoded once need not be encoded after each kill; a killed cache has its own test.
     quick = {
+        "train_data_dir": str(shutil.copytree(photographs, tmp_path / "photographs")),
         "max_train_steps": STEPS,
         "network_train_unet_only": True,
-        "cache_text_encoder_outputs": True,
+        "cache_latents_to_disk": True,
+        "cache_text_encoder_outputs_to_disk": True,
         "plugin": None,
     }
     straight = train_lora(**quick)

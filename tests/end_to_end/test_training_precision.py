@@ -57,9 +57,15 @@ def test_one_text_encoder_alone_trains_and_is_saved_alone(train_lora: TrainLora)
 FULL_BF16 = {"mixed_precision": "bf16", "full_bf16": True}
 
 
-def test_full_bf16_keeps_what_trains_in_bf16_and_saves_it_so(train_lora: TrainLora) -> None:
+@pytest.fixture(scope="module")
+def full(train_lora: TrainLora) -> Trained:
+    return train_lora(**FULL_BF16)
+
+
+def test_full_bf16_keeps_what_trains_in_bf16_and_saves_it_so(
+    train_lora: TrainLora, full: Trained
+) -> None:
     mixed = train_lora(mixed_precision="bf16")
-    full = train_lora(**FULL_BF16)
     assert {tensor.dtype for tensor in full.tensors.values()} == {torch.bfloat16}
     assert [step["loss"] for step in full.steps] == pytest.approx(
         [step["loss"] for step in mixed.steps], rel=0.02
@@ -81,11 +87,12 @@ def test_full_bf16_learns_at_rates_that_bf16_alone_would_round_away(train_lora: 
     assert bool((initial != final).any())
 
 
-def test_full_bf16_resumes_exactly(train_lora: TrainLora, same_tensors: SameTensors) -> None:
-    whole = train_lora(**FULL_BF16)
+def test_full_bf16_resumes_exactly(
+    train_lora: TrainLora, full: Trained, same_tensors: SameTensors
+) -> None:
     half = train_lora(**FULL_BF16, max_train_steps=2, save_state=True)
     resumed = train_lora(**FULL_BF16, resume=str(half.folder / "photo-state"))
-    assert same_tensors(whole.tensors, resumed.tensors)
+    assert same_tensors(full.tensors, resumed.tensors)
 
 
 @pytest.mark.parametrize(("name", "needed"), [("full_bf16", "bf16"), ("full_fp16", "fp16")])

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ROOM = 1_000_000
 """Bytes left: the network of 0.7 MB goes in, the optimizer's state of 1.2 MB does not."""
+LARGER: dict[str, Any] = {"network_dim": 5, "plugin": None}
 NO_MOUNTS = 77
 """Exit code of a process that may not mount."""
 _NEW_USERS, _NEW_MOUNTS = 0x10000000, 0x00020000
@@ -41,13 +42,13 @@ _NEW_USERS, _NEW_MOUNTS = 0x10000000, 0x00020000
 
 @pytest.fixture(scope="module")
 def straight(train_lora: TrainLora) -> Trained:
-    return train_lora(max_train_steps=2, plugin=None)
+    return train_lora(max_train_steps=2, **LARGER)
 
 
 @pytest.fixture(scope="module")
 def previous(train_lora: TrainLora) -> Trained:
     """What an earlier run of one step has left. Not to be written to."""
-    return train_lora(max_train_steps=1, plugin=None, save_state=True, save_every_n_steps=1)
+    return train_lora(max_train_steps=1, save_state=True, save_every_n_steps=1, **LARGER)
 
 
 def _on_small_disk(
@@ -91,8 +92,8 @@ def _assert_whole(folder: Path) -> None:
 
 
 RESUMED: dict[str, Any] = {
+    **LARGER,
     "max_train_steps": 2,
-    "plugin": None,
     "save_state": True,
     "save_every_n_steps": 1,
     "resume": "latest",

@@ -155,10 +155,10 @@ def settings(model: Path, images: Path, output: Path) -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("flags", CASES)
 def test_each_name_of_the_guides_trains(
-    flags: str, shallow_file: Path, images: Path, tmp_path: Path
+    flags: str, tiny_file: Path, images: Path, tmp_path: Path
 ) -> None:
     words = flags.split()
-    chosen = settings(shallow_file, images, tmp_path)
+    chosen = settings(tiny_file, images, tmp_path)
     # A flag that is given twice would be remarked on.
     common = {name: value for name, value in chosen.items() if f"--{name}" not in words}
     argv = [word for name, value in common.items() for word in (f"--{name}", str(value))]

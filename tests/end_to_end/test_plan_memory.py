@@ -34,7 +34,7 @@ def plans() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture
 def plan(
-    shallow_file: Path,
+    tiny_file: Path,
     photographs: Path,
     tmp_path: Path,
     plans: dict[str, dict[str, Any]],
@@ -42,7 +42,7 @@ def plan(
 ) -> Callable[[str], dict[str, Any]]:
     def make(flags: str) -> dict[str, Any]:
         if flags not in plans:
-            words = plan_of(shallow_file, photographs, tmp_path)
+            words = plan_of(tiny_file, photographs, tmp_path)
             assert main([*words, *FLAGS.split(), *flags.split()]) == 0
             plans[flags] = json.loads(capsys.readouterr().out)
         return plans[flags]
@@ -50,9 +50,9 @@ def plan(
     return make
 
 
-def kept_by_a_real_step(shallow_file: Path, batch: int) -> int:
+def kept_by_a_real_step(tiny_file: Path, batch: int) -> int:
     """Bytes of what a forward pass of 64 x 64 keeps, each storage once, weights left out."""
-    options = Sdxl(pretrained_model_name_or_path=str(shallow_file), network_train_unet_only=True)
+    options = Sdxl(pretrained_model_name_or_path=str(tiny_file), network_train_unet_only=True)
     model = options.build("cpu", torch.float32)
     adapter = Lora(network_dim=4).build(model)
     modules = (model.denoiser, *adapter.modules())
@@ -79,12 +79,10 @@ def kept_by_a_real_step(shallow_file: Path, batch: int) -> int:
 
 
 def test_activations_are_those_that_a_real_step_keeps(
-    plan: Callable[[str], dict[str, Any]], shallow_file: Path
+    plan: Callable[[str], dict[str, Any]], tiny_file: Path
 ) -> None:
     memory = plan(WHOLE)["memory"]
-    assert memory["activation_bytes"] == pytest.approx(
-        kept_by_a_real_step(shallow_file, 2), rel=0.02
-    )
+    assert memory["activation_bytes"] == pytest.approx(kept_by_a_real_step(tiny_file, 2), rel=0.02)
     # Adam keeps two fp32 numbers for each of the network's, which are fp32 too.
     assert memory["optimizer_bytes"] == pytest.approx(2 * memory["network_bytes"], rel=0.01)
 
@@ -106,7 +104,7 @@ def test_what_does_not_fit_is_told_with_the_options_to_change(
 
 
 def test_optimizer_that_needs_data_is_named(
-    shallow_file: Path,
+    tiny_file: Path,
     photographs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -119,7 +117,7 @@ def test_optimizer_that_needs_data_is_named(
         "        self.param_groups[0]['params'][0].detach().numpy()\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = plan_of(shallow_file, photographs, tmp_path)
+    words = plan_of(tiny_file, photographs, tmp_path)
     words += [*FLAGS.split(), "--network_dim", "4", "--optimizer_type", "by_numpy.ByNumpy"]
     assert main(words) == 2
     told = capsys.readouterr().err
@@ -137,7 +135,7 @@ def phases(memory: dict[str, int]) -> dict[str, int]:
 
 
 def test_caches_that_are_complete_need_no_filling(
-    shallow_file: Path,
+    tiny_file: Path,
     photographs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -145,7 +143,7 @@ def test_caches_that_are_complete_need_no_filling(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     data = shutil.copytree(photographs, tmp_path / "data")
-    words = plan_of(shallow_file, data, tmp_path / "out")
+    words = plan_of(tiny_file, data, tmp_path / "out")
     words += ["--network_train_unet_only", "--cache_latents_to_disk"]
     words += ["--cache_text_encoder_outputs_to_disk", "--vae_batch_size", "4"]
 

@@ -177,10 +177,10 @@ def test_a_picture_that_fails_leaves_the_others(
     ids=["bf16", "velocity"],
 )
 def test_pictures_of_all_models_show_something(
-    train_lora: TrainLora, prompts: Path, changes: dict[str, Any], tiny_v_folder: Path
+    train_lora: TrainLora, prompts: Path, changes: dict[str, Any], deep_v_folder: Path
 ) -> None:
     if "v_parameterization" in changes:
-        changes = changes | {"pretrained_model_name_or_path": str(tiny_v_folder)}
+        changes = changes | {"pretrained_model_name_or_path": str(deep_v_folder)}
     run = train_lora(**changes, sample_prompts=str(prompts), max_train_steps=1)
     pictures = sampled(run.folder)
     assert len(pictures) == 2

@@ -25,10 +25,10 @@ RANK, ALPHA = 16, 8.0
 
 
 @pytest.fixture(scope="module")
-def learned(train_lora: TrainLora, tiny_folder: Path) -> Trained:
+def learned(train_lora: TrainLora, deep_folder: Path) -> Trained:
     """A LoRA that had time to learn."""
     return train_lora(
-        pretrained_model_name_or_path=str(tiny_folder),
+        pretrained_model_name_or_path=str(deep_folder),
         network_dim=RANK,
         network_alpha=ALPHA,
         learning_rate=1e-2,
@@ -39,9 +39,9 @@ def learned(train_lora: TrainLora, tiny_folder: Path) -> Trained:
 
 
 @pytest.fixture
-def pipeline(tiny_folder: Path) -> Any:
+def pipeline(deep_folder: Path) -> Any:
     """The untouched model in diffusers."""
-    loaded = StableDiffusionXLPipeline.from_pretrained(tiny_folder)
+    loaded = StableDiffusionXLPipeline.from_pretrained(deep_folder)
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -201,10 +201,10 @@ def test_images_with_the_lora_differ_from_those_without(learned: Trained, pipeli
 
 
 def test_file_means_the_same_live_in_diffusers_and_by_formula(
-    learned: Trained, pipeline: Any, tiny_folder: Path, inputs: dict[str, Tensor]
+    learned: Trained, pipeline: Any, deep_folder: Path, inputs: dict[str, Tensor]
 ) -> None:
     untouched = forward(pipeline, inputs)
-    live = live_forward(tiny_folder, learned.path, inputs)
+    live = live_forward(deep_folder, learned.path, inputs)
 
     pipeline.load_lora_weights(learned.path)
     in_diffusers = forward(pipeline, inputs)

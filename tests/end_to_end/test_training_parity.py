@@ -219,10 +219,10 @@ def step_batches(options: dict[str, Any]) -> tuple[list[list[BatchSpec]], list[A
 
 @pytest.fixture(scope="module", params=CASES)
 def pair(
-    request: pytest.FixtureRequest, train_lora: TrainLora, tiny_folder: Path, tiny_v_folder: Path
+    request: pytest.FixtureRequest, train_lora: TrainLora, deep_folder: Path, deep_v_folder: Path
 ) -> tuple[Trained, Reference, Any]:
     """The same run by this package and by the independent implementation."""
-    model = tiny_v_folder if "velocity" in request.param else tiny_folder
+    model = deep_v_folder if "velocity" in request.param else deep_folder
     ours = train_lora(
         pretrained_model_name_or_path=str(model),
         network_dim=RANK,

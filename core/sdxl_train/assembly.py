@@ -78,8 +78,8 @@ def assemble(config: RunConfig, device: torch.device | str, seed: int) -> Assemb
         _require_quantizable(config, model).quantize(
             form, denoiser_only=config.quantization.denoiser_only
         )
-        if torch.device(device).type == "cpu":
-            give_back_large_blocks()
+    if torch.device(device).type == "cpu" and (form or config.model.gradient_checkpointing):
+        give_back_large_blocks()
     # Initialisers know only global generators; what they draw must not depend on their past.
     with global_generators_kept():
         seed_global_generators(derive_seed(seed, "init"))

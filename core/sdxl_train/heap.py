@@ -16,8 +16,9 @@ def give_back_large_blocks() -> None:
     """Let blocks of 2 MB and more be memory of their own, which goes back when they are freed.
 
     Once it has freed such a block, glibc takes the next ones from its heap, whose holes a process
-    keeps. Weights that are unpacked for a moment, between activations that stay, leave holes of
-    gigabytes there. Does nothing where the C library is another one.
+    keeps. What is there for a moment between activations that stay, weights that are unpacked or
+    blocks that are computed again, leaves holes of gigabytes there. Does nothing where the C
+    library is another one.
     """
     if sys.platform != "linux":
         return

@@ -84,10 +84,11 @@ def make_plan(prepared: Prepared, *, foretells_peak: bool = False) -> Plan:
     warnings = [*prepared.warnings, *lengths.remarks(), *_rate_remarks(config, groups), *room]
     if foretells_peak:
         # It takes a part of torch that other plans do without.
-        from sdxl_train.footprint import foretell, remarks
+        from sdxl_train.fitting import remarks
+        from sdxl_train.footprint import foretell
 
         memory |= foretell(prepared, assembly, memory)
-        warnings += remarks(config, memory)
+        warnings += remarks(prepared, memory, _forecast)
     return Plan(
         plugins=[
             {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
@@ -197,6 +198,19 @@ def _room(prepared: Prepared, assembly: Assembly) -> list[str]:
     networks, states = kept(output, points)
     remark = room_remark(output.output_dir, networks * network + states * state, networks + states)
     return [remark] if remark else []
+
+
+def _forecast(prepared: Prepared, process: int) -> dict[str, int]:
+    """Give the memory of a plan with the peak in it, in a process of so many bytes.
+
+    Raises:
+        UserError: If the model or the network cannot be built as asked.
+    """
+    from sdxl_train.footprint import foretell
+
+    assembly = assemble(prepared.config, "meta", prepared.seed)
+    memory = _memory(prepared, assembly)
+    return memory | foretell(prepared, assembly, memory, process)
 
 
 def _memory(prepared: Prepared, assembly: Assembly) -> dict[str, int]:

@@ -50,11 +50,22 @@ class Prepared:
     """Optimizer steps that count as done."""
     resume: ResumePoint | None = None
     warnings: list[str] = field(default_factory=list)
+    given: Mapping[str, Setting] = field(default_factory=dict)
+    """What was prepared."""
 
     @property
     def saves(self) -> SaveSchedule:
         """When the network is saved."""
         return SaveSchedule.of(self.config.output, self.counts)
+
+    def with_options(self, changed: Mapping[str, Setting]) -> Prepared:
+        """Prepare the same run with other values of some options, to plan it.
+
+        Raises:
+            UserError: If they do not go with the other options.
+        """
+        given = {**self.given, **changed}
+        return prepare(given, self.host, start=False, processes=self.processes)
 
 
 def prepare(
@@ -135,6 +146,7 @@ def prepare(
         processes=processes,
         resume=resume,
         warnings=warnings,
+        given=settings,
     )
 
 

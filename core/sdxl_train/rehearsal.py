@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sdxl_train.assembly import WEIGHT_DTYPES, build_optimizer
 from sdxl_train.errors import UserError
@@ -68,9 +68,8 @@ class Rehearsal:
         modules = [self._model.denoiser, *self._model.text_encoders, *self._adapter.modules()]
         modules += [] if encoder is None else [encoder]
         before = [parameter for module in modules for parameter in module.parameters()]
-        with self._fake:
-            for module in modules:
-                module.to_empty(device=device)
+        for module in modules:
+            module._apply(self._without_data)  # type: ignore[no-untyped-call]
         after = [parameter for module in modules for parameter in module.parameters()]
         self._live.add([*after, *(buffer for module in modules for buffer in module.buffers())])
         fake = dict(zip(map(id, before), after, strict=True))
@@ -78,6 +77,11 @@ class Rehearsal:
             {**group, "params": [fake[id(parameter)] for parameter in group["params"]]}
             for group in assembly.groups
         ]
+
+    def _without_data(self, tensor: Tensor) -> Tensor:
+        """Give a fake tensor of the same shape; an operation that makes one takes a millisecond."""
+        fake: Tensor = FakeTensor(self._fake, tensor.detach().to("meta"), self._device)
+        return fake
 
     def encode_images(self, batch_size: int, size: Size) -> int:
         """Give the bytes that encoding images of (width, height) takes at most."""

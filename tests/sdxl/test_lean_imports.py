@@ -20,9 +20,10 @@ import torch
 from sdxl_lora_plugins.model import Sdxl
 from sdxl_train.without_compiler import build_without_compiler
 file, folder = sys.argv[1:]
-model = Sdxl(pretrained_model_name_or_path=file).build("cpu", torch.float32)
+options = Sdxl(pretrained_model_name_or_path=file, gradient_checkpointing=True)
+model = options.build("cpu", torch.float32)
 sizes = dict.fromkeys(("original_size", "crop_top_left", "target_size"), torch.zeros(1, 2).long())
-trained = [p.requires_grad_(True) for p in model.denoiser.conv_out.parameters()]
+trained = [p.requires_grad_(True) for p in model.denoiser.conv_in.parameters()]
 optimizer = build_without_compiler(lambda: torch.optim.AdamW(trained, lr=1e-3))
 before = [p.detach().clone() for p in trained]
 noisy = model.encode_images(torch.zeros(1, 3, 32, 32))
@@ -76,6 +77,7 @@ plain, half = (
 assert not torch.equal(plain, half)
 compiled = torch.compile(lambda x: 2 * x, backend="eager")
 assert compiled(torch.ones(1)).item() == 2
+torch.autograd.backward(model.predict(noisy, torch.tensor([5]), told).square().mean())
 optimizer.step()
 assert "torch._dynamo" in sys.modules and torch._dynamo.config is not None
 """

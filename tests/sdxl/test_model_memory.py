@@ -169,6 +169,7 @@ def test_fp8_base_stores_a_quarter_and_predicts_nearly_the_same(
             "cpu_offload_checkpointing": True,
         },
         {"channels_last": True},
+        {"channels_last": True, "disable_mmap_load_safetensors": True},
         {"disable_mmap_load_safetensors": True},
         {"torch_compile": True, "dynamo_backend": "eager"},
         {"lowram": True},
@@ -317,16 +318,23 @@ def test_offloading_takes_what_is_kept_to_the_cpu(
     assert pinned == [False]
 
 
-def test_unmapped_file_is_read_as_a_whole(
-    tiny_file: Path, load_sdxl: Callable[..., LoadedLdm], monkeypatch: pytest.MonkeyPatch
+def test_unmapped_files_are_read_by_the_bytes_that_are_needed(
+    tiny_file: Path,
+    tiny_folder: Path,
+    load_sdxl: Callable[..., LoadedLdm],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise AssertionError("the file was mapped")
 
     monkeypatch.setattr("sdxl_train.ldm.weight_files.safe_open", fail)
-    assert load_sdxl(tiny_file, disable_mmap_load_safetensors=True).parts
-    with pytest.raises(AssertionError, match="mapped"):
-        _ = load_sdxl(tiny_file).parts
+    for source in (tiny_file, tiny_folder):
+        model = load_sdxl(source, disable_mmap_load_safetensors=True)
+        for part in model.parts:
+            for parameter in part.module.parameters():
+                assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        with pytest.raises(AssertionError, match="mapped"):
+            _ = load_sdxl(source).parts
 
 
 def test_highvram_keeps_freed_device_memory(

@@ -77,12 +77,10 @@ class Checkpoint:
         path: The file.
         family: What its model should be.
         device: Where the parts go; on ``meta`` only shapes are read.
-        mapped: Read tensor by tensor from the mapped file; else the whole file into memory first.
+        mapped: Map the file; see :class:`~sdxl_train.ldm.weight_files.WeightFiles`.
     """
 
-    def __init__(
-        self, path: Path, family: Family, device: torch.device, *, mapped: bool = True
-    ) -> None:
+    def __init__(self, path: Path, family: Family, device: torch.device, *, mapped: bool) -> None:
         self.path = path
         self.family = family
         self._device = device

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdxl_train.ldm.checkpoint import vae_origins
 from sdxl_train.ldm.headers import read_header
 from sdxl_train.ldm.origins import Origin, clip_origin
-from sdxl_train.ldm.sources import weight_files
+from sdxl_train.ldm.sources import vae_folder, weight_files
 from sdxl_train.ldm.unfilled import fill_position_ids, without_weights
 from sdxl_train.ldm.unread import Reader, stamps_of
 from sdxl_train.ldm.weight_files import WeightFiles
@@ -23,62 +23,77 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from sdxl_train.ldm.family import Family
+    from sdxl_train.ldm.family import ClipEncoder, Family
     from sdxl_train.ldm.headers import Shapes
 
 
-def unread_unet(
-    folder: Path, family: Family, device: torch.device, dtype: torch.dtype
-) -> tuple[UNet2DConditionModel, Reader | None]:
-    """Give the U-Net of a model folder without weights."""
-    unet = _of_shapes(UNet2DConditionModel, folder / "unet", dtype)
-    return unet, _reader(unet, folder / "unet", family, "unet", device, _own_names(unet))
+class ModelFolder:
+    """A diffusers folder of a model, or of a VAE alone.
 
+    Args:
+        path: The folder.
+        family: What its model should be.
+        device: Where the parts go; on ``meta`` only shapes are read.
+        mapped: Map the files; see :class:`~sdxl_train.ldm.weight_files.WeightFiles`.
+    """
 
-def unread_vae(
-    folder: Path, family: Family, device: torch.device, dtype: torch.dtype
-) -> tuple[AutoencoderKL, Reader | None]:
-    """Give a VAE without weights, from its own folder."""
-    vae = _of_shapes(AutoencoderKL, folder, dtype)
-    return vae, _reader(vae, folder, family, "vae", device, partial(vae_origins, vae))
+    def __init__(self, path: Path, family: Family, device: torch.device, *, mapped: bool) -> None:
+        self._path = path
+        self._family = family
+        self._device = device
+        self._mapped = mapped
 
+    def unet(self, dtype: torch.dtype) -> tuple[UNet2DConditionModel, Reader | None]:
+        """Give the U-Net without weights."""
+        folder = self._path / "unet"
+        unet = _of_shapes(UNet2DConditionModel, folder, dtype)
+        return unet, self._reader(unet, folder, "unet", _own_names(unet))
 
-def unread_text_encoders(
-    folder: Path, family: Family, device: torch.device, dtype: torch.dtype, attention: str
-) -> list[tuple[nn.Module, Reader | None]]:
-    """Give the text encoders of a model folder without weights."""
-    found = []
-    for form in family.text_encoders:
-        own = folder / form.folder
-        config = CLIPTextConfig.from_pretrained(own, attn_implementation=attention)
+    def vae(self, dtype: torch.dtype) -> tuple[AutoencoderKL, Reader | None]:
+        """Give the VAE without weights."""
+        folder = vae_folder(self._path)
+        assert folder is not None
+        vae = _of_shapes(AutoencoderKL, folder, dtype)
+        return vae, self._reader(vae, folder, "vae", partial(vae_origins, vae))
+
+    def text_encoders(
+        self, dtype: torch.dtype, attention: str
+    ) -> list[tuple[nn.Module, Reader | None]]:
+        """Give the text encoders without weights, with an attention of transformers'."""
+        return [self._text_encoder(form, dtype, attention) for form in self._family.text_encoders]
+
+    def _text_encoder(
+        self, form: ClipEncoder, dtype: torch.dtype, attention: str
+    ) -> tuple[nn.Module, Reader | None]:
+        folder = self._path / form.folder
+        config = CLIPTextConfig.from_pretrained(folder, attn_implementation=attention)
         kind = CLIPTextModelWithProjection if form.projects else CLIPTextModel
         with without_weights(dtype):
             encoder: nn.Module = kind(config)
-        fill_position_ids(encoder, device)
+        fill_position_ids(encoder, self._device)
         origins = partial(_clip_origins, encoder)
-        found.append((encoder, _reader(encoder, own, family, form.folder, device, origins)))
-    return found
+        return encoder, self._reader(encoder, folder, form.folder, origins)
 
-
-def _reader(
-    module: nn.Module,
-    folder: Path,
-    family: Family,
-    part: str,
-    device: torch.device,
-    origins: Callable[[Shapes], dict[str, Origin]],
-) -> Reader | None:
-    """Give what reads a part; a plan may be of a folder whose weights are not downloaded."""
-    title, stem = family.folders[part]
-    paths = weight_files(folder, stem)
-    if device.type == "meta":
-        there = bool(paths) and all(path.is_file() for path in paths)
-        return Reader(files=tuple(paths), stamps=stamps_of(paths), read=None) if there else None
-    headers = [read_header(file) for file in paths]
-    files = WeightFiles(headers, place=str(folder), remedy="download it again")
-    reader = files.reader(module, origins(files.shapes), device, title)
-    files.warn_of_unused(folder.name)
-    return reader
+    def _reader(
+        self,
+        module: nn.Module,
+        folder: Path,
+        part: str,
+        origins: Callable[[Shapes], dict[str, Origin]],
+    ) -> Reader | None:
+        """Give what reads a part; a plan may be of a folder whose weights are not downloaded."""
+        title, stem = self._family.folders[part]
+        paths = weight_files(folder, stem)
+        if self._device.type == "meta":
+            there = bool(paths) and all(path.is_file() for path in paths)
+            return Reader(files=tuple(paths), stamps=stamps_of(paths), read=None) if there else None
+        headers = [read_header(file) for file in paths]
+        files = WeightFiles(
+            headers, place=str(folder), remedy="download it again", mapped=self._mapped
+        )
+        reader = files.reader(module, origins(files.shapes), self._device, title)
+        files.warn_of_unused(folder.name)
+        return reader
 
 
 def _own_names(module: nn.Module) -> Callable[[Shapes], dict[str, Origin]]:

@@ -52,12 +52,18 @@ class BadFileError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says about itself; dtypes are named as in it (``F16``)."""
+    """What a file says about itself; dtypes are named as in it (``F16``).
+
+    Attributes:
+        places: The first byte of each tensor in the file, and the first behind it; none for files
+            that torch wrote.
+    """
 
     path: Path
     shapes: Shapes
     dtypes: Mapping[str, str]
     metadata: Mapping[str, str]
+    places: Mapping[str, tuple[int, int]]
 
 
 PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin"})
@@ -85,6 +91,7 @@ def read_header(path: Path, *, pickles: bool = False) -> Header:
             shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
             dtypes={name: str(tensor.dtype) for name, tensor in tensors.items()},
             metadata={},
+            places={},
         )
     try:
         stat = path.stat()
@@ -118,7 +125,8 @@ def _read(path: Path, size: int, _modified: int) -> Header:
         raise BadFileError(
             f"{path.name} has a damaged safetensors header", "download it again"
         ) from error
-    if (declared := _LENGTH_BYTES + length + end) != size:
+    first = _LENGTH_BYTES + length
+    if (declared := first + end) != size:
         raise _truncated(path, declared=declared, size=size)
     if misfit is not None:
         raise BadFileError(
@@ -131,6 +139,10 @@ def _read(path: Path, size: int, _modified: int) -> Header:
         shapes={name: tuple(entry.shape) for name, entry in entries.items()},
         dtypes={name: entry.dtype for name, entry in entries.items()},
         metadata={str(name): str(text) for name, text in metadata.items()},
+        places={
+            name: (first + entry.data_offsets[0], first + entry.data_offsets[1])
+            for name, entry in entries.items()
+        },
     )
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from sdxl_train.errors import Problem, UserError
-from sdxl_train.ldm import folder as folders
 from sdxl_train.ldm import hub
 from sdxl_train.ldm.attention import set_attention
 from sdxl_train.ldm.channels_last import use_channels_last
 from sdxl_train.ldm.checkpoint import Checkpoint
 from sdxl_train.ldm.compiling import compile_blocks
+from sdxl_train.ldm.folder import ModelFolder
 from sdxl_train.ldm.loaded import Computing, LoadedLdm, Modules, Origins
 from sdxl_train.ldm.prediction import Said, said_by
 from sdxl_train.ldm.recomputing import recompute_encoder, recompute_unet
@@ -25,7 +25,6 @@ from sdxl_train.ldm.sources import (
     locate,
     read_json,
     vae_faults,
-    vae_folder,
 )
 from sdxl_train.ldm.text import CHUNK_TOKENS, TextOptions
 from sdxl_train.ldm.tokenizer import load_tokenizers
@@ -174,8 +173,7 @@ def _load_file(
     dtype: torch.dtype,
 ) -> tuple[Modules, float]:
     assert base.path is not None
-    mapped = not options.disable_mmap_load_safetensors
-    file = Checkpoint(base.path, options.family, device, mapped=mapped)
+    file = Checkpoint(base.path, options.family, device, mapped=options.maps_files)
     encoders = file.text_encoders(dtype, text_attention(options))
     modules = _modules(
         options,
@@ -197,14 +195,12 @@ def _load_folder(
 ) -> tuple[Modules, float]:
     assert base.path is not None
     family = options.family
-    attention = text_attention(options)
+    folder = ModelFolder(base.path, family, device, mapped=options.maps_files)
     modules = _modules(
         options,
-        folders.unread_unet(base.path, family, device, dtype),
-        folders.unread_text_encoders(base.path, family, device, dtype, attention),
-        _vae(options, vae_source, device)
-        if vae_source
-        else folders.unread_vae(base.path / "vae", family, device, _vae_dtype(options)),
+        folder.unet(dtype),
+        folder.text_encoders(dtype, text_attention(options)),
+        _vae(options, vae_source, device) if vae_source else folder.vae(_vae_dtype(options)),
         base=base.path,
     )
     # The U-Net was trained on latents of this scale, whichever VAE makes them now.
@@ -234,12 +230,9 @@ def _vae(
     options: LdmModel, source: Source, device: torch.device
 ) -> tuple[AutoencoderKL, Reader | None]:
     assert source.path is not None
-    dtype = _vae_dtype(options)
-    if source.kind == "file":
-        return Checkpoint(source.path, options.family, device).vae(dtype)
-    folder = vae_folder(source.path)
-    assert folder is not None
-    return folders.unread_vae(folder, options.family, device, dtype)
+    kind = Checkpoint if source.kind == "file" else ModelFolder
+    of_vae = kind(source.path, options.family, device, mapped=options.maps_files)
+    return of_vae.vae(_vae_dtype(options))
 
 
 def _prepare(options: LdmModel, modules: Modules, trained: Collection[str]) -> None:

@@ -97,9 +97,14 @@ class MemoryOptions(Model):
     )
     disable_mmap_load_safetensors: bool = Field(
         False,
-        description="Read a model file into memory as a whole, instead of mapping it: faster from "
+        description="Read the model's files as any others, instead of mapping them: faster from "
         "network drives.",
     )
+
+    @property
+    def maps_files(self) -> bool:
+        """Whether weights are views of their files where they can be."""
+        return not self.disable_mmap_load_safetensors
 
     @property
     def reuses_memory(self) -> bool:

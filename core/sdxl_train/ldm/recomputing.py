@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from torch.utils.checkpoint import checkpoint
+from sdxl_train.without_compiler import recompute
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -21,7 +20,7 @@ def recompute_unet(unet: UNet2DConditionModel, levels: Collection[int] | None) -
         unet: Its levels count from 0, the finest; the middle belongs to the coarsest.
         levels: Which ones; None: all.
     """
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(recompute)
     if levels is None:
         return
     down, up = list(unet.down_blocks), list(unet.up_blocks)[::-1]
@@ -44,5 +43,5 @@ def recompute_encoder(encoder: nn.Module) -> None:
         if hasattr(module, "gradient_checkpointing"):
             layer = cast("Any", module)
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = recompute
     encoder.train()

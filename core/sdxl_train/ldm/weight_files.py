@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load as load_tensors
 
 from sdxl_train.errors import UserError
 from sdxl_train.ldm.headers import PICKLED, counted
 from sdxl_train.ldm.unfilled import fill
 from sdxl_train.ldm.unread import Reader, stamps_of
+from sdxl_train.tensor_file import TENSOR_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,14 +46,12 @@ class WeightFiles:
         headers: Of the files.
         place: Where they come from, for people.
         remedy: What to do if they hold other parts than they should.
-        mapped: Read tensor by tensor from the mapped file; else a whole file into memory first.
+        mapped: Map safetensors files; else read each tensor as any bytes of a file.
     """
 
-    def __init__(
-        self, headers: Sequence[Header], *, place: str, remedy: str, mapped: bool = True
-    ) -> None:
+    def __init__(self, headers: Sequence[Header], *, place: str, remedy: str, mapped: bool) -> None:
         self.shapes = {name: shape for header in headers for name, shape in header.shapes.items()}
-        self._homes = {name: header.path for header in headers for name in header.shapes}
+        self._homes = {name: header for header in headers for name in header.shapes}
         self._files = tuple(header.path for header in headers)
         self._stamps = stamps_of(self._files)
         self._place = place
@@ -82,7 +81,13 @@ class WeightFiles:
         self._used.update(origin.name for origin in origins.values())
 
         def read() -> None:
-            fill(module, self._tensors(origins), device, title=title, place=self._place)
+            # First what is laid out anew: a view of the file would keep its pages in memory too.
+            wanted = module.state_dict().items()
+            turned = {path for path, weight in wanted if not weight.is_contiguous()}
+            first = {path: origin for path, origin in origins.items() if path in turned}
+            others = {path: origin for path, origin in origins.items() if path not in turned}
+            tensors = chain(self._tensors(first), self._tensors(others))
+            fill(module, tensors, device, title=title, place=self._place)
 
         is_plan = device.type == "meta"
         return Reader(files=self._files, stamps=self._stamps, read=None if is_plan else read)
@@ -104,18 +109,39 @@ class WeightFiles:
     def _tensors(self, origins: Mapping[str, Origin]) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's values as they are stored, as a view of the file if it can be."""
         for file in self._files:
-            here = {path: o for path, o in origins.items() if self._homes[o.name] == file}
-            is_pickled = file.suffix.lower() in PICKLED
-            if is_pickled or not self._mapped:
-                tensors = _unpickled(file) if is_pickled else load_tensors(file.read_bytes())
+            here = {path: o for path, o in origins.items() if self._homes[o.name].path == file}
+            if file.suffix.lower() in PICKLED:
+                tensors = _unpickled(file) if here else {}
                 for path, origin in here.items():
                     yield path, origin.take(tensors[origin.name])
+                continue
+            if not self._mapped:
+                yield from self._read_bytes(file, here)
                 continue
             for some in self._in_pieces(here):
                 # A file that is mapped anew gives back the pages of the tensors that were copied.
                 with safe_open(file, framework="pt") as opened:
                     for path, origin in some.items():
                         yield path, origin.take(opened.get_tensor(origin.name))
+
+    def _read_bytes(
+        self, file: Path, origins: Mapping[str, Origin]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters from a file that is not mapped, in the order in which they are in it."""
+        headers = {path: self._homes[origin.name] for path, origin in origins.items()}
+        places = {path: headers[path].places[origin.name] for path, origin in origins.items()}
+        with file.open("rb") as opened:
+            for path in sorted(origins, key=lambda path: places[path]):
+                origin, (start, end) = origins[path], places[path]
+                read = torch.empty(end - start, dtype=torch.uint8)
+                opened.seek(start)
+                if opened.readinto(read.numpy().data) < len(read):
+                    message = f"ended in the middle of {origin.name}"
+                    raise UserError.of(str(file), message, "start again with the whole file")
+                dtype = TENSOR_DTYPES[headers[path].dtypes[origin.name]]
+                values = origin.take(read.view(dtype).view(self.shapes[origin.name]))
+                # A view of a third of it would keep the whole.
+                yield path, values if origin.third is None else values.clone()
 
     def _in_pieces(self, origins: Mapping[str, Origin]) -> Iterator[dict[str, Origin]]:
         """Give the parameters in pieces of not much more than a quarter of a gigabyte."""

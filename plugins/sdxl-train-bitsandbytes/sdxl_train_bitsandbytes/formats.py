@@ -51,10 +51,14 @@ class FourBits:
     def unpack(self, packed: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Give its values."""
         stored, scales = packed
+        # Not in the weight's shape: the CPU's kernel refuses an odd last dimension, as 3 x 3
+        # convolutions have, and what stands in for it has torch's compiler imported.
+        numbers = shape.numel()
+        rows = [numbers // _BLOCK, _BLOCK] if numbers % _BLOCK == 0 else [1, numbers]
         values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-            stored, scales, _BLOCK, self.name, list(shape), dtype
+            stored, scales, _BLOCK, self.name, rows, dtype
         )
-        return values
+        return values.view(shape)
 
 
 class Int8Format:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import pytest
 import torch
+from bitsandbytes.backends.default import ops
+from bitsandbytes.functional import get_4bit_type
 
 from sdxl_train.testing import QuantizationContract
 from sdxl_train_bitsandbytes import register_quantizations
@@ -20,6 +23,21 @@ class TestNf4(QuantizationContract):
         """64 weights: 32 bytes and a scale of 4."""
         packed = self.form().pack(torch.randn(64, 64))
         assert sum(tensor.nbytes for tensor in packed) == 64 * (32 + 4)
+
+    @pytest.mark.parametrize("shape", [(320, 4, 3, 3), (4, 320, 3, 3), (6, 5, 3, 3), (6, 64)])
+    def test_kernels_of_odd_sides_need_no_compiler_and_take_the_nearest_values(
+        self, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What stands in for the CPU's kernel has the compiler imported. Scales run over rows."""
+        monkeypatch.setattr(ops, "_dequantize_4bit_compute", None)
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+        values = self.form().unpack(self.form().pack(weight), weight.shape, torch.float32)
+        code = get_4bit_type("nf4", device="cpu")  # type: ignore[no-untyped-call]
+        blocks = (torch.split(tensor.flatten(), 64) for tensor in (weight, values))
+        for row, packed in zip(*blocks, strict=True):
+            scale = row.abs().max()
+            nearest = (row[:, None] / scale - code).abs().argmin(dim=1)
+            assert torch.allclose(packed, code[nearest] * scale, atol=1e-6)
 
 
 class TestFp4(QuantizationContract):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _TRIM_THRESHOLD: Final = -1
 _MMAP_THRESHOLD: Final = -3
@@ -20,10 +23,20 @@ def give_back_large_blocks() -> None:
     blocks that are computed again, leaves holes of gigabytes there. Does nothing where the C
     library is another one.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(_MMAP_THRESHOLD, _LARGE)
         # Set too, for both stop to adapt; the top of the heap is not to come and go.
         mallopt(_TRIM_THRESHOLD, 32 * _LARGE)
+
+
+def give_back_holes() -> None:
+    """Give what is free in the heap back to the system: for when much was there for a moment.
+
+    Does nothing where the C library is another one.
+    """
+    if (malloc_trim := _of_glibc("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -16,6 +16,7 @@ from sdxl_train.data.file_facts import stamp_of
 from sdxl_train.data.scan_index import is_settled, user_cache
 from sdxl_train.errors import UserError
 from sdxl_train.files import replace_file
+from sdxl_train.heap import give_back_holes
 from sdxl_train.ldm.hashes import text_hash, weights_hash
 from sdxl_train.quantized import formats_of
 from sdxl_train.rng import global_generators_kept
@@ -61,6 +62,8 @@ class Reader:
         # Libraries draw what they then overwrite; when that happens must change nothing.
         with global_generators_kept():
             self.read()
+        # Weights that were converted or packed were there in another form for a moment.
+        give_back_holes()
         for file, before, now in zip(self.files, self.stamps, stamps_of(self.files), strict=True):
             if before != now:
                 raise UserError.of(

@@ -81,6 +81,7 @@ ROWS: dict[str, Row] = {
     "disable_mmap_load_safetensors": Row("--disable_mmap_load_safetensors"),
     "fp8_base_unet": Row("--fp8_base_unet"),
     "fp8_base": Row("--fp8_base"),
+    "fp8_base, caches to be filled": Row("--fp8_base", caches="empty"),
     "base_quantization int8": Row("--base_quantization int8"),
     "base_quantization nf4": Row("--base_quantization nf4"),
 }
@@ -114,15 +115,15 @@ def measure(row: Row, given: argparse.Namespace) -> dict[str, Any]:
     flags = [*row.flags.split(), *(["--no-cache"] if row.caches == "none" else [])]
     words = command(model, data, given.folder / "out", row.precision, row.resolution, flags)
     words += ["--max_train_steps", str(given.steps)]
-    filled = data / f"filled-{row.precision}"
+    # An encoding serves those runs that would make the same one, and the next one takes its place.
+    filled, form = data / "filled-for", f"{row.precision} {row.flags}"
     if row.caches == "empty":
         for cache in data.rglob(CACHE_FOLDER):
             shutil.rmtree(cache)
-        for old in data.glob("filled-*"):
-            old.unlink()
-    elif row.caches == "complete" and not filled.exists():
+        filled.unlink(missing_ok=True)
+    elif row.caches == "complete" and (not filled.exists() or filled.read_text() != form):
         run([*words, "--max_train_steps", "1"])
-        filled.touch()
+        filled.write_text(form)
     found: dict[str, Any] = {}
     if "plan" in given.do:
         plan = [words[0], "plan", *words[1:], "--memory", "--json"]

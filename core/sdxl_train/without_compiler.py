@@ -30,7 +30,7 @@ class _Config:
 
 
 class _NoCompiler(ModuleType):
-    """Stands for the compiler for a moment; whoever asks for more gets it."""
+    """Stands for the compiler where nothing is compiled; whoever asks for more gets it."""
 
     config = _Config()
 
@@ -39,9 +39,11 @@ class _NoCompiler(ModuleType):
         """Do what the compiler's function does where nothing is compiled: nothing."""
 
     @staticmethod
-    def disable(function: Callable[..., Any]) -> Callable[..., Any]:
+    def disable(*function: Callable[..., Any], **how: Any) -> Any:
         """Give a function as it is: nothing compiles it."""
-        return function
+        return (
+            function[0] if len(function) == 1 and not how else _compiler().disable(*function, **how)
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

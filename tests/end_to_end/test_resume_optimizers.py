@@ -16,10 +16,11 @@ RANDOM: dict[str, Any] = {
     "shuffle_caption": True,
     "caption_dropout_rate": 0.3,
     "network_dropout": 0.1,
+    "gradient_accumulation_steps": 2,
     "max_train_steps": 5,
     "plugin": None,
 }
-"""States after steps 1 and 4 lie in the middle of an epoch."""
+"""Five steps over epochs of three; states after steps 1 and 4 lie in the middle of one."""
 
 WARM = {"lr_scheduler": "cosine", "lr_warmup_steps": 2}
 STATES = {"save_state_every_n_steps": 1, "save_state_on_train_end": True}
@@ -28,8 +29,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "two states, worker processes": {
         "optimizer_type": "AdamW",
         "max_data_loader_n_workers": 2,
-        # Epochs of three steps.
-        "gradient_accumulation_steps": 2,
         **WARM,
     },
     "8 bits": {
